@@ -1,0 +1,49 @@
+// Checks shared by the bindings, the second line behind the Python ones: every size is verified against every pointer before a
+// kernel runs. Messages name the function, the argument, what came and what was wanted.
+#pragma once
+
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../core/kernel_table.h"
+
+namespace tersor {
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* function, const Parts&... parts) {
+  std::ostringstream message;
+  message << function << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline const KernelTable& table_or_throw() {
+  const Kernels* k = kernels();
+  if (!k) throw std::runtime_error(kernels_error());
+  return k->table;
+}
+
+inline void check_memory(const char* function, const char* error) {
+  if (error) throw std::runtime_error(std::string(function) + ": " + error);
+}
+
+inline Activation activation_from(const char* function, const std::string& name) {
+#define TERSOR_EPILOGUE_ROW(id) \
+  if (name == #id) return Activation::id;
+#include "../core/epilogue.inc"
+#undef TERSOR_EPILOGUE_ROW
+  std::ostringstream known;
+#define TERSOR_EPILOGUE_ROW(id) known << " " << #id;
+#include "../core/epilogue.inc"
+#undef TERSOR_EPILOGUE_ROW
+  fail(function, "epilogue is '", name, "', expected one of:", known.str());
+}
+
+inline void check_k(const char* function, int64_t K) {
+  if (K > kMaxK) fail(function, "K=", K, " is above ", kMaxK, ", the largest for which int32 sums are exact");
+}
+
+
+}  // namespace tersor

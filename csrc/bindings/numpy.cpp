@@ -1,0 +1,197 @@
+// The kernels on numpy arrays and the facts about this CPU, without torch. python/tersor/numpy.py is the public face: it checks and
+// documents; here sizes are verified once more before a pointer is passed on.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "../core/linear.h"
+#include "check.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using tersor::Dtype;
+using tersor::fail;
+
+bool is_f16(const py::array& a) { return a.dtype().kind() == 'f' && a.itemsize() == 2; }
+bool is_f32(const py::array& a) { return a.dtype().kind() == 'f' && a.itemsize() == 4; }
+
+struct XRows {
+  int64_t M, K;
+  tersor::StridedRows rows;
+};
+
+XRows rows_of(const char* function, const py::array& x) {
+  if (x.ndim() != 2) fail(function, "x has ", x.ndim(), " dimensions, expected [M, K]");
+  if (!is_f32(x) && !is_f16(x)) fail(function, "x has dtype ", std::string(py::str(x.dtype())), ", expected float32 or float16");
+  const int64_t size = x.itemsize();
+  if (x.strides(0) % size || x.strides(1) % size) fail(function, "x has strides that are not multiples of its item size");
+  tersor::check_k(function, x.shape(1));
+  const int64_t stride_k = x.shape(1) <= 1 ? 1 : x.strides(1) / size;
+  return {x.shape(0), x.shape(1), {x.data(), is_f16(x) ? Dtype::f16 : Dtype::f32, x.strides(0) / size, stride_k}};
+}
+
+template <typename T>
+const T* exact(const char* function, const char* name, const py::array& a, std::initializer_list<py::ssize_t> sizes) {
+  if (!py::isinstance<py::array_t<T>>(a)) fail(function, name, " has dtype ", std::string(py::str(a.dtype())));
+  bool same = a.ndim() == static_cast<py::ssize_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = a.shape(i) == sizes.begin()[i];
+  if (!same || !(a.flags() & py::array::c_style)) fail(function, name, " has a wrong shape or is not C-contiguous");
+  return static_cast<const T*>(a.data());
+}
+
+tersor::LinearWeights weights_of(const char* function, const py::array& weight_packed, const py::array& weight_scale,
+                                 const py::object& bias, const std::string& epilogue, int64_t K) {
+  tersor::LinearWeights w{};
+  if (weight_scale.ndim() != 1) fail(function, "weight_scale has ", weight_scale.ndim(), " dimensions, expected [N]");
+  w.N = weight_scale.shape(0);
+  w.K = K;
+  w.weight_scale = exact<float>(function, "weight_scale", weight_scale, {w.N});
+  w.weight_packed =
+      exact<uint8_t>(function, "weight_packed", weight_packed,
+                     {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes});
+  if (!bias.is_none()) w.bias = exact<float>(function, "bias", py::cast<py::array>(bias), {w.N});
+  w.bias_dtype = Dtype::f32;
+  w.activation = tersor::activation_from(function, epilogue);
+  return w;
+}
+
+py::tuple quantize_rows(const py::array& x, const py::object& absmax) {
+  constexpr const char* kName = "quantize_rows";
+  const auto& table = tersor::table_or_throw();
+  const XRows r = rows_of(kName, x);
+  const float* given = absmax.is_none() ? nullptr : exact<float>(kName, "absmax", py::cast<py::array>(absmax), {r.M});
+  py::array_t<int8_t> q({r.M, r.K});
+  py::array_t<float> scale(r.M);
+  py::array_t<int32_t> row_sum(r.M);
+  int8_t* q_out = q.mutable_data();
+  float* scale_out = scale.mutable_data();
+  int32_t* sum_out = row_sum.mutable_data();
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::quantize_rows(table, r.M, r.K, r.rows, given, q_out, scale_out, sum_out);
+  }
+  tersor::check_memory(kName, error);
+  return py::make_tuple(q, scale, row_sum);
+}
+
+using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
+                                     const tersor::Output&);
+
+py::array float_linear(const char* name, LinearDriver driver, const py::array& x, const py::array& weight_packed,
+                       const py::array& weight_scale, const py::object& bias, const std::string& epilogue) {
+  const auto& table = tersor::table_or_throw();
+  const XRows r = rows_of(name, x);
+  const tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K);
+  py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
+  const tersor::Output out{y.mutable_data(), r.rows.dtype};
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = driver(table, r.M, r.rows, w, out);
+  }
+  tersor::check_memory(name, error);
+  return y;
+}
+
+py::array linear_dynamic(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
+                         const std::string& epilogue) {
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue);
+}
+
+py::array linear_weight_only(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
+                             const std::string& epilogue) {
+  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue);
+}
+
+tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array& row_sum, int64_t* M, int64_t* K) {
+  if (!py::isinstance<py::array_t<int8_t>>(q) || q.ndim() != 2) fail(function, "q must be int8 [M, K]");
+  if (q.shape(1) > 1 && q.strides(1) != 1) fail(function, "q must have contiguous rows");
+  *M = q.shape(0);
+  *K = q.shape(1);
+  tersor::check_k(function, *K);
+  return {static_cast<const int8_t*>(q.data()), q.strides(0), nullptr, exact<int32_t>(function, "row_sum", row_sum, {*M})};
+}
+
+py::array linear_acc(const py::array& q, const py::array& row_sum, const py::array& weight_packed, int64_t out_features) {
+  constexpr const char* kName = "linear_acc";
+  const auto& table = tersor::table_or_throw();
+  int64_t M = 0, K = 0;
+  const tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K);
+  if (out_features < 0) fail(kName, "out_features is ", out_features, ", expected 0 or more");
+  tersor::LinearWeights w{};
+  w.N = out_features;
+  w.K = K;
+  w.weight_packed = exact<uint8_t>(
+      kName, "weight_packed", weight_packed,
+      {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes});
+  py::array_t<int32_t> acc({M, w.N});
+  const tersor::Output out{acc.mutable_data(), Dtype::s32};
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::linear_s8(table, M, rows, w, out);
+  }
+  tersor::check_memory(kName, error);
+  return acc;
+}
+
+py::array linear_s8(const py::array& q, const py::array& scale, const py::array& row_sum, const py::array& weight_packed,
+                    const py::array& weight_scale, const py::object& bias, const std::string& epilogue) {
+  constexpr const char* kName = "linear_s8";
+  const auto& table = tersor::table_or_throw();
+  int64_t M = 0, K = 0;
+  tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K);
+  rows.scale = exact<float>(kName, "scale", scale, {M});
+  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K);
+  py::array_t<float> y({M, w.N});
+  const tersor::Output out{y.mutable_data(), Dtype::f32};
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::linear_s8(table, M, rows, w, out);
+  }
+  tersor::check_memory(kName, error);
+  return y;
+}
+
+// {"variants": [(name, runnable, missing)], "kernels": {entry: variant}, "error": ""} for this process.
+py::dict cpu_info() {
+  py::dict info;
+  py::list rows;
+  int count = 0;
+  const tersor::Variant* all = tersor::variants(&count);
+  for (int i = 0; i < count; ++i) rows.append(py::make_tuple(all[i].name, all[i].runnable, all[i].missing));
+  info["variants"] = rows;
+  py::dict served;
+  if (const tersor::Kernels* k = tersor::kernels()) {
+#define TERSOR_KERNEL_FIELD(type, name) served[#name] = k->name##_isa;
+    TERSOR_KERNEL_ENTRIES(TERSOR_KERNEL_FIELD)
+#undef TERSOR_KERNEL_FIELD
+  }
+  info["kernels"] = served;
+  info["error"] = tersor::kernels_error();
+  return info;
+}
+
+py::tuple epilogues() {
+  py::list names;
+#define TERSOR_EPILOGUE_ROW(name) names.append(#name);
+#include "../core/epilogue.inc"
+#undef TERSOR_EPILOGUE_ROW
+  return py::tuple(names);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_numpy, m) {
+  m.attr("__version__") = TERSOR_VERSION;
+  m.def("cpu_info", &cpu_info);
+  m.def("epilogues", &epilogues);
+  m.def("quantize_rows", &quantize_rows, py::arg("x"), py::arg("absmax") = py::none());
+  m.def("linear_dynamic", &linear_dynamic);
+  m.def("linear_weight_only", &linear_weight_only);
+  m.def("linear_acc", &linear_acc);
+  m.def("linear_s8", &linear_s8);
+}

@@ -1,0 +1,254 @@
+// torch ops on the CPU, through LibTorch's stable ABI: check, allocate, fill the arguments, call the driver. Schemas, fake kernels
+// and references are in python/tersor/ops; each name here has one there.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../core/linear.h"
+#include "../core/parallel.h"
+#include "check.h"
+
+namespace {
+
+using tersor::Dtype;
+using tersor::fail;
+using torch::headeronly::Layout;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void run_on_torch_threads(int64_t n, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}
+
+Dtype float_dtype(const char* function, const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      fail(function, name, " has dtype ", torch::headeronly::toString(type), ", expected float32, bfloat16 or float16");
+  }
+}
+
+void check_plain(const char* function, const char* name, const Tensor& t) {
+  if (!t.is_cpu()) fail(function, name, " is not on the CPU; move every tensor of the call to one device");
+  if (t.layout() != Layout::Strided) fail(function, name, " is sparse; call .to_dense() first");
+}
+
+// One tensor of exactly this dtype and these sizes, contiguous.
+const void* exact(const char* function, const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes) {
+  check_plain(function, name, t);
+  if (t.scalar_type() != type) {
+    fail(function, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ", torch::headeronly::toString(type));
+  }
+  const auto have = t.sizes();
+  bool same = have.size() == sizes.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = have[i] == sizes.begin()[i];
+  if (!same) {
+    std::ostringstream text;
+    for (size_t i = 0; i < have.size(); ++i) text << (i ? ", " : "") << have[i];
+    text << "], expected [";
+    for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes.begin()[i];
+    fail(function, name, " is [", text.str(), "]");
+  }
+  if (!t.is_contiguous()) fail(function, name, " is not contiguous; call .contiguous() first");
+  return t.const_data_ptr();
+}
+
+// x [..., K] as M rows with one row stride. Leading dimensions that no single stride describes cost a copy.
+struct XRows {
+  Tensor held;
+  int64_t M, K;
+  std::vector<int64_t> out_sizes;  // sizes of x, the last to be replaced
+  tersor::StridedRows rows;
+};
+
+bool collapse(int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t* stride_m) {
+  int64_t stride = 0, size = 1;
+  for (int64_t d = dim - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (size == 1) {
+      stride = strides[d];
+    } else if (strides[d] != stride * size) {
+      return false;
+    }
+    size *= sizes[d];
+  }
+  *stride_m = stride;
+  return true;
+}
+
+XRows rows_of(const char* function, const Tensor& x) {
+  XRows r{x, 1, 0, {}, {}};
+  check_plain(function, "x", x);
+  const Dtype dtype = float_dtype(function, "x", x.scalar_type());
+  const auto sizes = x.sizes();
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  if (dim == 0) fail(function, "x is 0-dimensional, expected [..., K]");
+  r.out_sizes.assign(sizes.begin(), sizes.end());
+  r.K = sizes[dim - 1];
+  tersor::check_k(function, r.K);
+  for (int64_t d = 0; d < dim - 1; ++d) r.M *= sizes[d];
+  int64_t stride_m = 0;
+  if (!collapse(dim, sizes.data(), x.strides().data(), &stride_m)) {
+    r.held = torch::stable::contiguous(x);
+    stride_m = r.K;
+  }
+  r.rows = {r.held.const_data_ptr(), dtype, stride_m, r.held.stride(dim - 1)};
+  if (r.K <= 1) r.rows.stride_k = 1;
+  return r;
+}
+
+tersor::LinearWeights weights_of(const char* function, const Tensor& weight_packed, const Tensor& weight_scale, const OptionalTensor& bias,
+                                 const std::string& epilogue, int64_t K) {
+  tersor::LinearWeights w{};
+  check_plain(function, "weight_scale", weight_scale);
+  if (weight_scale.dim() != 1) fail(function, "weight_scale has ", weight_scale.dim(), " dimensions, expected [N]");
+  w.N = weight_scale.size(0);
+  w.K = K;
+  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", weight_scale, ScalarType::Float, {w.N}));
+  w.weight_packed = static_cast<const uint8_t*>(exact(function, "weight_packed", weight_packed, ScalarType::Byte,
+                                                      {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), 64}));
+  if (bias) {
+    w.bias_dtype = float_dtype(function, "bias", bias->scalar_type());
+    w.bias = exact(function, "bias", *bias, bias->scalar_type(), {w.N});
+  }
+  w.activation = tersor::activation_from(function, epilogue);
+  return w;
+}
+
+Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor x, OptionalTensor absmax) {
+  constexpr const char* kName = "quantize_rows";
+  const auto& table = tersor::table_or_throw();
+  XRows r = rows_of(kName, x);
+  const std::vector<int64_t> lead(r.out_sizes.begin(), r.out_sizes.end() - 1);
+  const float* given = nullptr;
+  if (absmax) {
+    if (absmax->numel() != r.M) fail(kName, "absmax has ", absmax->numel(), " elements, expected one for each of ", r.M, " rows");
+    check_plain(kName, "absmax", *absmax);
+    if (absmax->scalar_type() != ScalarType::Float) fail(kName, "absmax must be float32");
+    if (!absmax->is_contiguous()) fail(kName, "absmax is not contiguous; call .contiguous() first");
+    given = static_cast<const float*>(absmax->const_data_ptr());
+  }
+  Tensor q = empty_as(x, r.out_sizes, ScalarType::Char);
+  Tensor scale = empty_as(x, lead, ScalarType::Float);
+  Tensor row_sum = empty_as(x, lead, ScalarType::Int);
+  tersor::check_memory(kName, tersor::quantize_rows(table, r.M, r.K, r.rows, given, static_cast<int8_t*>(q.mutable_data_ptr()),
+                                                    static_cast<float*>(scale.mutable_data_ptr()),
+                                                    static_cast<int32_t*>(row_sum.mutable_data_ptr())));
+  return {q, scale, row_sum};
+}
+
+using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
+                                     const tersor::Output&);
+
+Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, const Tensor& weight_packed, const Tensor& weight_scale,
+                    const OptionalTensor& bias, const std::string& epilogue) {
+  const auto& table = tersor::table_or_throw();
+  XRows r = rows_of(name, x);
+  const tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K);
+  r.out_sizes.back() = w.N;
+  Tensor y = empty_as(x, r.out_sizes, x.scalar_type());
+  tersor::check_memory(name, driver(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
+  return y;
+}
+
+Tensor linear_dynamic(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue);
+}
+
+Tensor linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
+  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue);
+}
+
+// q [..., K] int8 with any row stride; row_sum (and scale) one for each row, contiguous.
+tersor::S8Rows s8_rows(const char* function, const Tensor& q, const Tensor& row_sum, int64_t* M, int64_t* K, Tensor* held,
+                       std::vector<int64_t>* out_sizes) {
+  check_plain(function, "q", q);
+  if (q.scalar_type() != ScalarType::Char) fail(function, "q must be int8");
+  const auto sizes = q.sizes();
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  if (dim == 0) fail(function, "q is 0-dimensional, expected [..., K]");
+  out_sizes->assign(sizes.begin(), sizes.end());
+  *K = sizes[dim - 1];
+  tersor::check_k(function, *K);
+  *M = 1;
+  for (int64_t d = 0; d < dim - 1; ++d) *M *= sizes[d];
+  int64_t ldq = 0;
+  *held = q;
+  if ((*K > 1 && q.stride(dim - 1) != 1) || !collapse(dim, sizes.data(), q.strides().data(), &ldq)) {
+    *held = torch::stable::contiguous(q);
+    ldq = *K;
+  }
+  check_plain(function, "row_sum", row_sum);
+  if (row_sum.scalar_type() != ScalarType::Int || row_sum.numel() != *M || !row_sum.is_contiguous()) {
+    fail(function, "row_sum must be contiguous int32 with one element for each of ", *M, " rows");
+  }
+  return {static_cast<const int8_t*>(held->const_data_ptr()), ldq, nullptr, static_cast<const int32_t*>(row_sum.const_data_ptr())};
+}
+
+Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_features) {
+  constexpr const char* kName = "linear_acc";
+  const auto& table = tersor::table_or_throw();
+  int64_t M = 0, K = 0;
+  Tensor held;
+  std::vector<int64_t> sizes;
+  const tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &held, &sizes);
+  if (out_features < 0) fail(kName, "out_features is ", out_features, ", expected 0 or more");
+  tersor::LinearWeights w{};
+  w.N = out_features;
+  w.K = K;
+  w.weight_packed = static_cast<const uint8_t*>(
+      exact(kName, "weight_packed", weight_packed, ScalarType::Byte,
+            {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes}));
+  sizes.back() = w.N;
+  Tensor acc = empty_as(q, sizes, ScalarType::Int);
+  tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {acc.mutable_data_ptr(), Dtype::s32}));
+  return acc;
+}
+
+Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue,
+                 ScalarType out_dtype) {
+  constexpr const char* kName = "linear_s8";
+  const auto& table = tersor::table_or_throw();
+  int64_t M = 0, K = 0;
+  Tensor held;
+  std::vector<int64_t> sizes;
+  tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &held, &sizes);
+  check_plain(kName, "scale", scale);
+  if (scale.scalar_type() != ScalarType::Float || scale.numel() != M || !scale.is_contiguous()) {
+    fail(kName, "scale must be contiguous float32 with one element for each of ", M, " rows");
+  }
+  rows.scale = static_cast<const float*>(scale.const_data_ptr());
+  const Dtype dtype = float_dtype(kName, "out_dtype", out_dtype);
+  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K);
+  sizes.back() = w.N;
+  Tensor y = empty_as(q, sizes, out_dtype);
+  tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {y.mutable_data_ptr(), dtype}));
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) {
+  tersor::thread_pool = {[]() -> int64_t { return torch::stable::get_num_threads(); }, run_on_torch_threads};
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
+  m.impl("linear_acc", TORCH_BOX(&linear_acc));
+  m.impl("linear_s8", TORCH_BOX(&linear_s8));
+}

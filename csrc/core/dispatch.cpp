@@ -1,0 +1,173 @@
+// The only file that asks the CPU what it can do. Everything here is compiled with baseline flags.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "parallel.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#endif
+
+namespace tersor {
+
+#define TERSOR_ISA_ROW(name, features) \
+  namespace name {                     \
+  extern const KernelTable table;      \
+  }
+#include "isa.inc"
+#undef TERSOR_ISA_ROW
+
+namespace {
+
+// One list of features: the bit, its name in messages. Where CPUID reports each is in cpu_features().
+#define TERSOR_FEATURES(X) \
+  X(kAvx2, "AVX2")         \
+  X(kFma, "FMA")           \
+  X(kF16c, "F16C")         \
+  X(kAvx512F, "AVX512F")   \
+  X(kAvx512Bw, "AVX512BW") \
+  X(kAvx512Dq, "AVX512DQ") \
+  X(kAvx512Vl, "AVX512VL") \
+  X(kAvx512Vnni, "AVX512_VNNI")
+
+enum FeatureIndex {
+#define TERSOR_FEATURE(id, text) id##Index,
+  TERSOR_FEATURES(TERSOR_FEATURE)
+#undef TERSOR_FEATURE
+};
+enum : uint32_t {
+#define TERSOR_FEATURE(id, text) id = 1u << id##Index,
+  TERSOR_FEATURES(TERSOR_FEATURE)
+#undef TERSOR_FEATURE
+};
+constexpr const char* kFeatureNames[] = {
+#define TERSOR_FEATURE(id, text) text,
+    TERSOR_FEATURES(TERSOR_FEATURE)
+#undef TERSOR_FEATURE
+};
+
+#if defined(__x86_64__) || defined(_M_X64)
+uint32_t cpu_features() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+  uint32_t xcr0_low = 0, xcr0_high = 0;
+  __asm__("xgetbv" : "=a"(xcr0_low), "=d"(xcr0_high) : "c"(0));
+  const bool os_ymm = (xcr0_low & 0x6) == 0x6;    // Intel SDM vol. 1, 13.3: XMM and YMM state enabled by the OS
+  const bool os_zmm = (xcr0_low & 0xe6) == 0xe6;  // and opmask, ZMM_Hi256, Hi16_ZMM
+  uint32_t have = 0;
+  if (os_ymm) {
+    if (c & bit_FMA) have |= kFma;
+    if (c & bit_F16C) have |= kF16c;
+  }
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return have;
+  if (os_ymm && (b & bit_AVX2)) have |= kAvx2;
+  if (os_zmm) {
+    if (b & bit_AVX512F) have |= kAvx512F;
+    if (b & bit_AVX512BW) have |= kAvx512Bw;
+    if (b & bit_AVX512DQ) have |= kAvx512Dq;
+    if (b & bit_AVX512VL) have |= kAvx512Vl;
+    if (c & bit_AVX512VNNI) have |= kAvx512Vnni;
+  }
+  return have;
+}
+#else
+uint32_t cpu_features() { return 0; }
+#endif
+
+const char* first_missing(uint32_t wanted, uint32_t have) {
+  for (size_t i = 0; i < sizeof kFeatureNames / sizeof *kFeatureNames; ++i) {
+    if ((wanted & ~have) >> i & 1u) return kFeatureNames[i];
+  }
+  return "";
+}
+
+constexpr int kIsaCount = 0
+#define TERSOR_ISA_ROW(name, features) +1
+#include "isa.inc"
+#undef TERSOR_ISA_ROW
+    ;
+static_assert(kIsaCount == TERSOR_ISA_COUNT, "isa.inc and the tersor_isa() lines of CMakeLists.txt differ");
+
+struct Registry {
+  Variant rows[kIsaCount];
+  Registry() {
+    const uint32_t have = cpu_features();
+    int i = 0;
+#define TERSOR_ISA_ROW(name, features)                                     \
+  {                                                                        \
+    const char* missing = first_missing((features), have);                 \
+    rows[i++] = Variant{#name, &name::table, missing[0] == '\0', missing}; \
+  }
+#include "isa.inc"
+#undef TERSOR_ISA_ROW
+  }
+};
+
+struct ProcessKernels {
+  Kernels kernels;
+  char error[512];
+  ProcessKernels() {
+    const char* message = resolve_kernels(std::getenv("TERSOR_ISA"), &kernels);
+    std::snprintf(error, sizeof error, "%s", message ? message : "");
+  }
+};
+
+const ProcessKernels& process_kernels() {
+  static const ProcessKernels instance;
+  return instance;
+}
+
+void run_serial(int64_t n, void (*body)(void*, int64_t), void* context) {
+  for (int64_t i = 0; i < n; ++i) body(context, i);
+}
+
+}  // namespace
+
+ThreadPool thread_pool = {[]() -> int64_t { return 1; }, run_serial};
+
+const Variant* variants(int* count) {
+  static const Registry registry;
+  *count = kIsaCount;
+  return registry.rows;
+}
+
+const char* resolve_kernels(const char* isa, Kernels* out) {
+  static thread_local char error[512];
+  int count = 0;
+  const Variant* rows = variants(&count);
+  int first = 0;
+  if (isa && *isa) {
+    while (first < count && std::strcmp(rows[first].name, isa) != 0) ++first;
+    if (first == count || !rows[first].runnable) {
+      int n = first == count ? std::snprintf(error, sizeof error, "TERSOR_ISA=%.64s is not an instruction set of this build", isa)
+                             : std::snprintf(error, sizeof error, "TERSOR_ISA=%.64s is not available here (no %s)", isa, rows[first].missing);
+      n += std::snprintf(error + n, sizeof error - n, "; this CPU can run:");
+      for (int i = 0; i < count; ++i) {
+        if (rows[i].runnable) n += std::snprintf(error + n, sizeof error - n, " %s", rows[i].name);
+      }
+      return error;
+    }
+  }
+  std::memset(out, 0, sizeof *out);
+  out->table.isa = nullptr;
+  for (int i = count - 1; i >= first; --i) {
+    if (!rows[i].runnable) continue;
+    const KernelTable& t = *rows[i].table;
+#define TERSOR_KERNEL_RESOLVE(type, entry) \
+  if (t.entry.run) {                       \
+    out->table.entry = t.entry;            \
+    out->entry##_isa = rows[i].name;       \
+  }
+    TERSOR_KERNEL_ENTRIES(TERSOR_KERNEL_RESOLVE)
+#undef TERSOR_KERNEL_RESOLVE
+    out->table.isa = rows[i].name;
+  }
+  return nullptr;
+}
+
+const Kernels* kernels() { return process_kernels().error[0] ? nullptr : &process_kernels().kernels; }
+const char* kernels_error() { return process_kernels().error; }
+
+}  // namespace tersor

@@ -1,0 +1,148 @@
+// The contract between the kernels and everybody else: plain pointers, sizes and strides, and one table of function pointers per
+// instruction set. No torch, no pybind11, no STL.
+//
+// C[M,N] = A[M,K] * W[N,K]^T throughout: A activations (s8 rows), W weights as nn.Linear stores them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tersor {
+
+inline constexpr int64_t kTileN = 16;      // output channels of a tile
+inline constexpr int64_t kTileBytes = 64;  // 16 channels x one 32-bit little-endian word along K
+inline constexpr int64_t kTileK8 = 4;      // elements of K in a word of 8-bit codes
+inline constexpr int64_t kMaxK = 132104;   // largest K with 128 * 127 * K < 2^31: int32 sums cannot wrap
+
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Packed weights:  [ ceil(N/16) ][ ceil(K/4) ][ 16 ][ 4 ] uint8 codes w + 128; pad codes are 0
+//                     n tile        k step       n     k    one 64-byte tile per step
+inline constexpr int64_t packed_w8_bytes(int64_t N, int64_t K) { return ceil_div(N, kTileN) * ceil_div(K, kTileK8) * kTileBytes; }
+
+enum class Dtype : int32_t { f32, bf16, f16, s32 };
+inline constexpr int64_t dtype_bytes(Dtype t) { return t == Dtype::f32 || t == Dtype::s32 ? 4 : 2; }
+
+enum class Activation : int32_t {
+#define TERSOR_EPILOGUE_ROW(name) name,
+#include "epilogue.inc"
+#undef TERSOR_EPILOGUE_ROW
+};
+
+// Float rows: element (m, k) is at x + (m * ld + k) * dtype_bytes(dtype).
+struct Rows {
+  const void* x;
+  Dtype dtype;
+  int64_t ld;  // elements
+};
+
+// Rows [0, M) of x become s8 rows with one scale each: absmax over the row in f32, inv = 127 / absmax,
+// q = rint(clamp(x * inv, -127, 127)), ties to even, scale = absmax * (1/127f). absmax < 2^-100: q = 0, scale = 0.
+// A row that holds NaN or inf (or whose given absmax is NaN or inf) gets q = 0, scale = NaN. Writes exactly K bytes a row.
+struct QuantizeArgs {
+  Rows x;
+  int64_t M, K;
+  const float* absmax;  // [M] or null: taken in place of the row's own
+  int8_t* q;            // [M][ldq]
+  int64_t ldq;
+  float* scale;      // [M]
+  int32_t* row_sum;  // [M] sum of q over the row
+};
+
+// acc[m][n] = sum_k q[m][k] * w[n][k], computed as sum(q * code) - 128 * row_sum modulo 2^32, then
+// y = act(((f32(acc) * scale[m]) * weight_scale[n]) + bias[n]) rounded to y_dtype; Dtype::s32 stores acc itself.
+struct GemmArgs {
+  int64_t N, K;
+  const int8_t* q;  // s8 rows, each readable up to round_up(K, 4); what stands past K meets code 0
+  int64_t ldq;      // bytes
+  const float* scale;      // [M]; not read for Dtype::s32
+  const int32_t* row_sum;  // [M]
+  const uint8_t* weight_packed;
+  const float* weight_scale;  // [N]; not read for Dtype::s32
+  const float* bias;          // [N] or null
+  Activation activation;
+  void* y;  // [M][ldy], y_dtype
+  Dtype y_dtype;
+  int64_t ldy;  // elements
+};
+
+// y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class F).
+struct FloatGemmArgs {
+  int64_t N, K;
+  const float* x;  // f32 rows
+  int64_t ldx;     // elements
+  const uint8_t* weight_packed;
+  const float* weight_scale;
+  const float* bias;
+  Activation activation;
+  void* y;
+  Dtype y_dtype;
+  int64_t ldy;
+};
+
+// The part of C a call computes: rows [m0, m1) x n tiles [t0, t1), with scratch of its own.
+struct GemmRange {
+  int64_t m0, m1, t0, t1;
+  void* scratch;  // 64-byte aligned
+};
+
+struct IntGemm {
+  void (*run)(const GemmArgs&, const GemmRange&);
+  int64_t x_scratch_bytes;  // scratch per element of the rows in the range, K rounded up to 4
+};
+
+struct FloatGemm {
+  void (*run)(const FloatGemmArgs&, const GemmRange&);
+  int64_t scratch_bytes;  // fixed part
+  int64_t row_bytes;      // and per row of the range
+};
+
+struct QuantizeX {
+  void (*run)(const QuantizeArgs&);
+};
+
+struct WidenX {
+  void (*run)(const void* x, Dtype dtype, int64_t n, float* out);  // exact conversion to f32
+};
+
+// One list of what a variant can fill; dispatch resolves each entry by itself, info() and the tests walk the same list.
+#define TERSOR_KERNEL_ENTRIES(X) \
+  X(QuantizeX, quantize_x)       \
+  X(WidenX, widen_x)             \
+  X(IntGemm, gemm_w8)            \
+  X(FloatGemm, gemm_f32_w8)
+
+struct KernelTable {
+  const char* isa;
+#define TERSOR_KERNEL_FIELD(type, name) type name;
+  TERSOR_KERNEL_ENTRIES(TERSOR_KERNEL_FIELD)
+#undef TERSOR_KERNEL_FIELD
+};
+
+struct Variant {
+  const char* name;
+  const KernelTable* table;
+  bool runnable;        // this CPU and OS have every feature the row asks for
+  const char* missing;  // first feature that lacks, or ""
+};
+
+// All compiled variants, best first.
+const Variant* variants(int* count);
+
+struct Kernels {
+  KernelTable table;  // each entry from the best runnable variant, not above TERSOR_ISA, that fills it
+#define TERSOR_KERNEL_FIELD(type, name) const char* name##_isa;
+  TERSOR_KERNEL_ENTRIES(TERSOR_KERNEL_FIELD)
+#undef TERSOR_KERNEL_FIELD
+};
+
+// Resolves the table, capped at variant `isa` (null or "": uncapped). Returns null on success; else a message that lists the
+// variants this CPU can run, valid until the next call on this thread.
+const char* resolve_kernels(const char* isa, Kernels* out);
+
+// The table of this process: resolve_kernels(getenv("TERSOR_ISA")), once. Null if that failed; kernels_error() says why.
+const Kernels* kernels();
+const char* kernels_error();
+
+}  // namespace tersor

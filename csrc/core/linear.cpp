@@ -1,0 +1,264 @@
+#include "linear.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace tersor {
+namespace {
+
+constexpr const char* kOutOfMemory = "out of memory for scratch";
+
+// Rows of a block share one pass over the weights. 64 rows of s8 at K = 4096 are 260 KiB: they stay in L2 beside a panel of tiles.
+constexpr int64_t kBlockRows = 64;
+// Above this many rows threads take rows each; below, n tiles each (every thread then quantises the few rows for itself).
+constexpr int64_t kSplitRows = 32;
+// Multiply-adds below which a second thread costs more than it brings: about 10 us of int8 work.
+constexpr int64_t kMinThreadWork = int64_t{1} << 21;
+constexpr int64_t kMaxScratchBytes = int64_t{4} << 20;  // per thread
+// Rows of s8 are kept apart by a line beyond the next multiple of 64: a stride of exactly 4096 would make them collide in L1.
+int64_t s8_stride(int64_t K) { return round_up(K, 64) + 64; }
+
+// Grow-only buffer of the calling thread; pieces of a parallel region get slices of it, so nothing allocates inside the region.
+class Scratch {
+ public:
+  ~Scratch() { std::free(base_); }
+  char* get(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(base_);
+      base_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
+      size_ = base_ ? bytes : 0;
+    }
+    return base_;
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Scratch thread_scratch;
+
+struct Carver {
+  char* at;
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(at);
+    at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+};
+
+// The split of C over threads: row_pieces x tile_pieces rectangles.
+struct Split {
+  int64_t row_pieces, tile_pieces;
+  int64_t pieces() const { return row_pieces * tile_pieces; }
+};
+
+Split split_work(int64_t M, int64_t N, int64_t K) {
+  const int64_t tiles = ceil_div(N, kTileN);
+  int64_t threads = thread_pool.threads();
+  const double work = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K);
+  if (work < static_cast<double>(2 * kMinThreadWork)) return {1, 1};
+  if (work < static_cast<double>(threads) * kMinThreadWork) threads = static_cast<int64_t>(work / kMinThreadWork);
+  int64_t rows = M > kSplitRows ? ceil_div(M, kSplitRows) : 1;
+  if (rows > threads) rows = threads;
+  int64_t cols = threads / rows;
+  if (cols > tiles) cols = tiles;
+  return {rows, cols};
+}
+
+struct Rectangle {
+  int64_t m0, m1, t0, t1;
+};
+
+Rectangle piece_of(const Split& s, int64_t M, int64_t N, int64_t i) {
+  const int64_t tiles = ceil_div(N, kTileN);
+  const int64_t r = i / s.tile_pieces, c = i % s.tile_pieces;
+  // Rows are dealt in units of 8, the height of a register block, where there are enough of them.
+  const int64_t unit = M >= 8 * s.row_pieces ? 8 : 1;
+  const int64_t units = ceil_div(M, unit);
+  const int64_t m0 = r * units / s.row_pieces * unit, m1 = (r + 1) * units / s.row_pieces * unit;
+  return {m0, m1 < M ? m1 : M, c * tiles / s.tile_pieces, (c + 1) * tiles / s.tile_pieces};
+}
+
+// Block of rows whose scratch stays under the bound, equal blocks rather than a short last one.
+int64_t block_rows(int64_t rows, int64_t bytes_per_row) {
+  int64_t most = kMaxScratchBytes / bytes_per_row;
+  if (most > kBlockRows) most = kBlockRows;
+  if (most < 1) most = 1;
+  if (rows <= most) return rows < 1 ? 1 : rows;
+  const int64_t blocks = ceil_div(rows, most);
+  const int64_t even = round_up(ceil_div(rows, blocks), 8);
+  return even < most ? even : most;
+}
+
+const char* at(const StridedRows& x, int64_t m) { return static_cast<const char*>(x.x) + m * x.stride_m * dtype_bytes(x.dtype); }
+
+// Contiguous copy of row m, for a last dimension with a stride.
+void gather_row(const StridedRows& x, int64_t m, int64_t K, void* out) {
+  if (dtype_bytes(x.dtype) == 4) {
+    const auto* from = reinterpret_cast<const uint32_t*>(at(x, m));
+    for (int64_t k = 0; k < K; ++k) static_cast<uint32_t*>(out)[k] = from[k * x.stride_k];
+  } else {
+    const auto* from = reinterpret_cast<const uint16_t*>(at(x, m));
+    for (int64_t k = 0; k < K; ++k) static_cast<uint16_t*>(out)[k] = from[k * x.stride_k];
+  }
+}
+
+int64_t gather_bytes(const StridedRows& x, int64_t K) { return x.stride_k == 1 ? 0 : round_up(K * 4, 64); }
+
+// Quantises rows [m0, m1); `row` holds one gathered row.
+void quantize_block(const KernelTable& kt, const StridedRows& x, int64_t m0, int64_t m1, int64_t K, const float* absmax, int8_t* q,
+                    int64_t ldq, float* scale, int32_t* row_sum, char* row) {
+  if (x.stride_k == 1) {
+    kt.quantize_x.run({{at(x, m0), x.dtype, x.stride_m}, m1 - m0, K, absmax ? absmax + m0 : nullptr, q, ldq, scale, row_sum});
+    return;
+  }
+  for (int64_t m = m0; m < m1; ++m) {
+    gather_row(x, m, K, row);
+    const int64_t i = m - m0;
+    kt.quantize_x.run({{row, x.dtype, K}, 1, K, absmax ? absmax + m : nullptr, q + i * ldq, ldq, scale + i, row_sum + i});
+  }
+}
+
+// The bias as f32: the caller's own, or converted into `out`.
+const float* widen_bias(const KernelTable& kt, const LinearWeights& w, float* out) {
+  if (!w.bias || w.bias_dtype == Dtype::f32) return static_cast<const float*>(w.bias);
+  kt.widen_x.run(w.bias, w.bias_dtype, w.N, out);
+  return out;
+}
+int64_t bias_bytes(const LinearWeights& w) { return w.bias && w.bias_dtype != Dtype::f32 ? round_up(w.N * 4, 64) : 0; }
+
+void* row_of(const Output& out, int64_t m, int64_t N) { return static_cast<char*>(out.y) + m * N * dtype_bytes(out.dtype); }
+
+}  // namespace
+
+const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const StridedRows& x, const float* absmax, int8_t* q,
+                          float* scale, int32_t* row_sum) {
+  if (M == 0) return nullptr;
+  constexpr int64_t kWorkPerElement = 64;  // a row element costs about as much as this many int8 multiply-adds
+  Split split = split_work(M, kWorkPerElement, K);
+  split = {split.pieces() < M ? split.pieces() : M, 1};
+  const int64_t slice = gather_bytes(x, K);
+  char* scratch = thread_scratch.get(slice * split.pieces());
+  if (slice && !scratch) return kOutOfMemory;
+  auto piece = [&](int64_t i) {
+    const Rectangle r = piece_of(split, M, kTileN, i);
+    quantize_block(kt, x, r.m0, r.m1, K, absmax, q + r.m0 * K, K, scale + r.m0, row_sum + r.m0, scratch + i * slice);
+  };
+  parallel_for(split.pieces(), piece);
+  return nullptr;
+}
+
+const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
+  if (M == 0 || w.N == 0) return nullptr;
+  const Split split = split_work(M, w.N, w.K);
+  const int64_t ldq = s8_stride(w.K);
+  const int64_t row_bytes = ldq + round_up(w.K, kTileK8) * kt.gemm_w8.x_scratch_bytes + 8;
+  const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 256 + gather_bytes(x, w.K);
+  char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
+  if (!scratch) return kOutOfMemory;
+  const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
+
+  auto piece = [&](int64_t i) {
+    const Rectangle r = piece_of(split, M, w.N, i);
+    Carver carve{scratch + i * slice};
+    auto* q = carve.take<int8_t>(mc * ldq);
+    auto* scale = carve.take<float>(mc);
+    auto* row_sum = carve.take<int32_t>(mc);
+    char* row = carve.take<char>(gather_bytes(x, w.K));
+    void* gemm_scratch = carve.at;
+    for (int64_t m = r.m0; m < r.m1; m += mc) {
+      const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
+      quantize_block(kt, x, m, m + rows, w.K, nullptr, q, ldq, scale, row_sum, row);
+      // What the last k step reads past K meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
+      for (int64_t j = 0; j < rows; ++j) std::memset(q + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
+      const GemmArgs args{w.N, w.K, q,     ldq, scale, row_sum, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
+                          out.dtype, w.N};
+      kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+    }
+  };
+  parallel_for(split.pieces(), piece);
+  return nullptr;
+}
+
+const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const LinearWeights& w, const Output& out) {
+  if (M == 0 || w.N == 0) return nullptr;
+  const Split split = split_work(M, w.N, w.K);
+  // A word of the last k step would reach past K, perhaps past the buffer: such rows are copied.
+  const bool copy = w.K % kTileK8 != 0;
+  const int64_t ldq = copy ? s8_stride(w.K) : x.ldq;
+  const int64_t row_bytes = (copy ? ldq : 0) + round_up(w.K, kTileK8) * kt.gemm_w8.x_scratch_bytes + 1;
+  const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 64;
+  char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
+  if (!scratch) return kOutOfMemory;
+  const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
+
+  auto piece = [&](int64_t i) {
+    const Rectangle r = piece_of(split, M, w.N, i);
+    Carver carve{scratch + i * slice};
+    auto* rows_copy = carve.take<int8_t>(copy ? mc * ldq : 0);
+    void* gemm_scratch = carve.at;
+    for (int64_t m = r.m0; m < r.m1; m += mc) {
+      const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
+      const int8_t* q = x.q + m * x.ldq;
+      if (copy) {
+        for (int64_t j = 0; j < rows; ++j) {
+          std::memcpy(rows_copy + j * ldq, q + j * x.ldq, static_cast<size_t>(w.K));
+          std::memset(rows_copy + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
+        }
+        q = rows_copy;
+      }
+      const GemmArgs args{w.N, w.K, q, ldq, x.scale ? x.scale + m : nullptr, x.row_sum + m, w.weight_packed, w.weight_scale, bias,
+                          w.activation, row_of(out, m, w.N), out.dtype, w.N};
+      kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+    }
+  };
+  parallel_for(split.pieces(), piece);
+  return nullptr;
+}
+
+const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
+  if (M == 0 || w.N == 0) return nullptr;
+  const Split split = split_work(M, w.N, 4 * w.K);  // a float multiply-add costs four int8 ones
+  const bool direct = x.dtype == Dtype::f32 && x.stride_k == 1;
+  const int64_t ldx = direct ? x.stride_m : round_up(w.K, 16) + 16;
+  const int64_t row_bytes = (direct ? 0 : ldx * 4) + kt.gemm_f32_w8.row_bytes;
+  const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(kt.gemm_f32_w8.scratch_bytes, 64);
+  char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
+  if (!scratch) return kOutOfMemory;
+  const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
+
+  auto piece = [&](int64_t i) {
+    const Rectangle r = piece_of(split, M, w.N, i);
+    Carver carve{scratch + i * slice};
+    auto* floats = carve.take<float>(direct ? 0 : mc * ldx);
+    char* row = carve.take<char>(gather_bytes(x, w.K));
+    void* gemm_scratch = carve.at;
+    for (int64_t m = r.m0; m < r.m1; m += mc) {
+      const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
+      if (!direct) {
+        for (int64_t j = 0; j < rows; ++j) {
+          const void* from = at(x, m + j);
+          if (x.stride_k != 1) {
+            gather_row(x, m + j, w.K, row);
+            from = row;
+          }
+          kt.widen_x.run(from, x.dtype, w.K, floats + j * ldx);
+        }
+      }
+      const float* rows_f32 = direct ? reinterpret_cast<const float*>(at(x, m)) : floats;
+      const FloatGemmArgs args{w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
+                               out.dtype, w.N};
+      kt.gemm_f32_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+    }
+  };
+  parallel_for(split.pieces(), piece);
+  return nullptr;
+}
+
+}  // namespace tersor

@@ -1,0 +1,50 @@
+// Whole layers over the kernel table: blocks the rows for the caches, splits the work over threads, lends scratch. A binding checks
+// its arguments, fills one of these structs and calls the function; each returns null, or a message when memory ran out.
+#pragma once
+
+#include "kernel_table.h"
+
+namespace tersor {
+
+struct LinearWeights {
+  int64_t N, K;
+  const uint8_t* weight_packed;
+  const float* weight_scale;  // [N]; may be null where y_dtype is s32
+  const void* bias;           // [N] or null
+  Dtype bias_dtype;
+  Activation activation;
+};
+
+struct Output {
+  void* y;  // [M][N] contiguous
+  Dtype dtype;
+};
+
+// Rows of any strides: element (m, k) is at x + (m * stride_m + k * stride_k) elements.
+struct StridedRows {
+  const void* x;
+  Dtype dtype;
+  int64_t stride_m, stride_k;
+};
+
+struct S8Rows {
+  const int8_t* q;  // [M][K], row stride ldq bytes; nothing past K is read
+  int64_t ldq;
+  const float* scale;      // [M]; may be null where the output is s32
+  const int32_t* row_sum;  // [M]
+};
+
+// quantize_x over all rows.
+const char* quantize_rows(const KernelTable&, int64_t M, int64_t K, const StridedRows&, const float* absmax, int8_t* q, float* scale,
+                          int32_t* row_sum);
+
+// Quantises each row of x and multiplies: the layer with dynamic activations.
+const char* linear_dynamic(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, const Output&);
+
+// The same on rows that are already quantised; Dtype::s32 gives the accumulators.
+const char* linear_s8(const KernelTable&, int64_t M, const S8Rows&, const LinearWeights&, const Output&);
+
+// x stays float; weights are expanded a cache block at a time, never as [N,K].
+const char* linear_weight_only(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, const Output&);
+
+}  // namespace tersor

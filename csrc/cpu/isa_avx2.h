@@ -1,0 +1,124 @@
+// Vector vocabulary of AVX2 with FMA and F16C: two 256-bit registers hold one tile, 8 channels each.
+// Each function of the vocabulary is described once, in isa_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+struct Isa {
+  static constexpr int kLanes = 8;
+  using Vi = __m256i;
+  using Vf = __m256;
+
+  static Vi zero_i() { return _mm256_setzero_si256(); }
+  static Vi set1_i(int32_t v) { return _mm256_set1_epi32(v); }
+  static Vi load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_i(void* p, Vi v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static Vi add_i(Vi a, Vi b) { return _mm256_add_epi32(a, b); }
+  static Vi sub_i(Vi a, Vi b) { return _mm256_sub_epi32(a, b); }
+  static Vi max_i(Vi a, Vi b) { return _mm256_max_epi32(a, b); }
+  static Vi and_i(Vi a, Vi b) { return _mm256_and_si256(a, b); }
+  static Vi xor_i(Vi a, Vi b) { return _mm256_xor_si256(a, b); }
+  static Vi select_gt(Vi a, Vi b, Vi yes, Vi no) { return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(a, b)); }
+  template <int kBits>
+  static Vi shl(Vi a) {
+    return _mm256_slli_epi32(a, kBits);
+  }
+  template <int kBits>
+  static Vi shr(Vi a) {
+    return _mm256_srli_epi32(a, kBits);
+  }
+  template <int kBits>
+  static Vi sar(Vi a) {
+    return _mm256_srai_epi32(a, kBits);
+  }
+  static int32_t reduce_add(Vi a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(s);
+  }
+  static int32_t reduce_max(Vi a) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(s);
+  }
+
+  static Vf set1(float v) { return _mm256_set1_ps(v); }
+  static Vf load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vf v) { _mm256_storeu_ps(p, v); }
+  static Vf add(Vf a, Vf b) { return _mm256_add_ps(a, b); }
+  static Vf sub(Vf a, Vf b) { return _mm256_sub_ps(a, b); }
+  static Vf mul(Vf a, Vf b) { return _mm256_mul_ps(a, b); }
+  static Vf div(Vf a, Vf b) { return _mm256_div_ps(a, b); }
+  static Vf min_(Vf a, Vf b) { return _mm256_min_ps(a, b); }
+  static Vf max_(Vf a, Vf b) { return _mm256_max_ps(a, b); }
+  static Vf muladd(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vf to_f32(Vi v) { return _mm256_cvtepi32_ps(v); }
+  static Vi round(Vf v) { return _mm256_cvtps_epi32(v); }
+  static Vi bits(Vf v) { return _mm256_castps_si256(v); }
+  static Vf from_bits(Vi v) { return _mm256_castsi256_ps(v); }
+
+  static Vi load_u16(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_u16(uint16_t* p, Vi v) {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));  // packus saturates: keep 16 bits
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static Vf load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_f16(uint16_t* p, Vf v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void store_s8(int8_t* p, Vi v) {
+    const __m128i s16 = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(s16, s16));
+  }
+
+  // Exact u8*s8 without VNNI. vpmaddubsw would saturate its s16 pair sums (255*127*2 = 64770 > 32767), so both sides are widened to
+  // s16 and vpmaddwd adds pairs into s32. Bytes 0 and 2 of a word are its even half, 1 and 3 its odd half: masking and shifting
+  // 16-bit lanes splits the codes in two instructions, and no lane ever mixes two channels. The rows are split once per block:
+  //   widened row  [ K/4 ][ even: k0 k2 | odd: k1 k3 ] s16, 8 bytes a k step
+  struct W {
+    __m256i even, odd;
+  };
+  struct X {
+    __m256i even, odd;
+  };
+  static constexpr int kXBytesPerK = 2;
+  static void split_x(const int8_t* q, int64_t steps, char* out) {
+    for (int64_t s = 0; s < steps; ++s) {
+      const int16_t halves[4] = {q[4 * s], q[4 * s + 2], q[4 * s + 1], q[4 * s + 3]};
+      __builtin_memcpy(out + 8 * s, halves, 8);
+    }
+  }
+  static W load_w8(const uint8_t* p) {
+    const __m256i w = load_i(p);
+    return {_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(w, 8)};
+  }
+  static X load_x(const char* p) {
+    int32_t even, odd;
+    __builtin_memcpy(&even, p, 4);
+    __builtin_memcpy(&odd, p + 4, 4);
+    return {_mm256_set1_epi32(even), _mm256_set1_epi32(odd)};
+  }
+  static Vi dot4(Vi acc, const W& w, const X& x) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w.even, x.even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w.odd, x.odd));
+  }
+
+  // 16 registers hold 4 rows x 1 tile: 8 accumulators, 4 halves of codes, 2 of x, one product.
+  static constexpr int kMaxRows = 4;
+  static constexpr int max_tiles(int rows) { return rows == 1 ? 2 : 1; }
+  static constexpr int acc_sets(int rows) { return rows == 1 ? 2 : 1; }
+  // Float GEMM: 6 x 2 accumulators, 2 weights, a broadcast.
+  static constexpr int kFloatMaxRows = 6;
+  static constexpr int kFloatTiles = 1;
+};
+
+}  // namespace
+}  // namespace tersor::TERSOR_ISA

@@ -1,0 +1,88 @@
+// Vector vocabulary of AVX-512 with VNNI: one 512-bit register is one tile, 16 channels.
+// Each function of the vocabulary is described once, in isa_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+struct Isa {
+  static constexpr int kLanes = 16;
+  using Vi = __m512i;
+  using Vf = __m512;
+
+  static Vi zero_i() { return _mm512_setzero_si512(); }
+  static Vi set1_i(int32_t v) { return _mm512_set1_epi32(v); }
+  static Vi load_i(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_i(void* p, Vi v) { _mm512_storeu_si512(p, v); }
+  static Vi add_i(Vi a, Vi b) { return _mm512_add_epi32(a, b); }
+  static Vi sub_i(Vi a, Vi b) { return _mm512_sub_epi32(a, b); }
+  static Vi max_i(Vi a, Vi b) { return _mm512_max_epi32(a, b); }
+  static Vi and_i(Vi a, Vi b) { return _mm512_and_si512(a, b); }
+  static Vi xor_i(Vi a, Vi b) { return _mm512_xor_si512(a, b); }
+  static Vi select_gt(Vi a, Vi b, Vi yes, Vi no) { return _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a, b), no, yes); }
+  template <int kBits>
+  static Vi shl(Vi a) {
+    return _mm512_slli_epi32(a, kBits);
+  }
+  template <int kBits>
+  static Vi shr(Vi a) {
+    return _mm512_srli_epi32(a, kBits);
+  }
+  template <int kBits>
+  static Vi sar(Vi a) {
+    return _mm512_srai_epi32(a, kBits);
+  }
+  static int32_t reduce_add(Vi a) { return _mm512_reduce_add_epi32(a); }
+  static int32_t reduce_max(Vi a) { return _mm512_reduce_max_epi32(a); }
+
+  static Vf set1(float v) { return _mm512_set1_ps(v); }
+  static Vf load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vf v) { _mm512_storeu_ps(p, v); }
+  static Vf add(Vf a, Vf b) { return _mm512_add_ps(a, b); }
+  static Vf sub(Vf a, Vf b) { return _mm512_sub_ps(a, b); }
+  static Vf mul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }
+  static Vf div(Vf a, Vf b) { return _mm512_div_ps(a, b); }
+  static Vf min_(Vf a, Vf b) { return _mm512_min_ps(a, b); }
+  static Vf max_(Vf a, Vf b) { return _mm512_max_ps(a, b); }
+  static Vf muladd(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vf to_f32(Vi v) { return _mm512_cvtepi32_ps(v); }
+  static Vi round(Vf v) { return _mm512_cvtps_epi32(v); }
+  static Vi bits(Vf v) { return _mm512_castps_si512(v); }
+  static Vf from_bits(Vi v) { return _mm512_castsi512_ps(v); }
+
+  static Vi load_u16(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store_u16(uint16_t* p, Vi v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
+  static Vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store_f16(uint16_t* p, Vf v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static void store_s8(int8_t* p, Vi v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+
+  // vpdpbusd multiplies u8 by s8 and adds four products to an s32 lane without saturation: codes and activations as they are.
+  using W = __m512i;
+  using X = __m512i;
+  static constexpr int kXBytesPerK = 1;
+  static W load_w8(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static X load_x(const char* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+  }
+  static Vi dot4(Vi acc, W w, X x) { return _mm512_dpbusd_epi32(acc, w, x); }
+
+  // Register blocks, rows x tiles of 16 channels. 32 registers hold 8 x 3 accumulators, 3 tiles and a broadcast. Few rows take four
+  // tiles and, up to two rows, two sets of accumulators: at least 8 sums in flight cover the latency of vpdpbusd (4-5 cycles).
+  static constexpr int kMaxRows = 8;
+  static constexpr int max_tiles(int rows) { return rows <= 4 ? 4 : 3; }
+  static constexpr int acc_sets(int rows) { return rows <= 2 ? 2 : 1; }
+  // Float GEMM: 12 x 2 accumulators, 2 weights, a broadcast.
+  static constexpr int kFloatMaxRows = 12;
+  static constexpr int kFloatTiles = 2;
+};
+
+}  // namespace
+}  // namespace tersor::TERSOR_ISA

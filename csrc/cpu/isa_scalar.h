@@ -1,0 +1,213 @@
+// The vector vocabulary in plain C++: four lanes of 32 bits. It runs everywhere, is what the compiler makes of it, and says once what
+// every function of the vocabulary means; the other isa_*.h give the same results bit for bit (muladd excepted, see there).
+#pragma once
+
+#include <cstdint>
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+struct Isa {
+  static constexpr int kLanes = 4;
+  struct Vi {
+    int32_t v[kLanes];
+  };
+  struct Vf {
+    float v[kLanes];
+  };
+
+  template <typename F>
+  static Vi each_i(F f) {
+    Vi r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<int32_t>(f(i));
+    return r;
+  }
+  template <typename F>
+  static Vf each_f(F f) {
+    Vf r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = f(i);
+    return r;
+  }
+  static uint32_t u(int32_t v) { return static_cast<uint32_t>(v); }
+
+  // Integers wrap modulo 2^32.
+  static Vi zero_i() { return set1_i(0); }
+  static Vi set1_i(int32_t v) {
+    return each_i([=](int) { return v; });
+  }
+  static Vi load_i(const void* p) {
+    Vi r;
+    __builtin_memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static void store_i(void* p, Vi v) { __builtin_memcpy(p, &v, sizeof v); }
+  static Vi add_i(Vi a, Vi b) {
+    return each_i([&](int i) { return u(a.v[i]) + u(b.v[i]); });
+  }
+  static Vi sub_i(Vi a, Vi b) {
+    return each_i([&](int i) { return u(a.v[i]) - u(b.v[i]); });
+  }
+  static Vi max_i(Vi a, Vi b) {
+    return each_i([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static Vi and_i(Vi a, Vi b) {
+    return each_i([&](int i) { return a.v[i] & b.v[i]; });
+  }
+  static Vi xor_i(Vi a, Vi b) {
+    return each_i([&](int i) { return a.v[i] ^ b.v[i]; });
+  }
+  // a > b ? yes : no, lane by lane, signed.
+  static Vi select_gt(Vi a, Vi b, Vi yes, Vi no) {
+    return each_i([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });
+  }
+  template <int kBits>
+  static Vi shl(Vi a) {
+    return each_i([&](int i) { return u(a.v[i]) << kBits; });
+  }
+  template <int kBits>
+  static Vi shr(Vi a) {
+    return each_i([&](int i) { return u(a.v[i]) >> kBits; });
+  }
+  template <int kBits>
+  static Vi sar(Vi a) {
+    return each_i([&](int i) { return a.v[i] >> kBits; });
+  }
+  static int32_t reduce_add(Vi a) { return static_cast<int32_t>(u(a.v[0]) + u(a.v[1]) + u(a.v[2]) + u(a.v[3])); }
+  static int32_t reduce_max(Vi a) {
+    int32_t m = a.v[0];
+    for (int i = 1; i < kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
+    return m;
+  }
+
+  static Vf set1(float v) {
+    return each_f([=](int) { return v; });
+  }
+  static Vf load(const float* p) {
+    Vf r;
+    __builtin_memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static void store(float* p, Vf v) { __builtin_memcpy(p, &v, sizeof v); }
+  static Vf add(Vf a, Vf b) {
+    return each_f([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static Vf sub(Vf a, Vf b) {
+    return each_f([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static Vf mul(Vf a, Vf b) {
+    return each_f([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static Vf div(Vf a, Vf b) {
+    return each_f([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  // b where either is NaN: put the value whose NaN must survive second.
+  static Vf min_(Vf a, Vf b) {
+    return each_f([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static Vf max_(Vf a, Vf b) {
+    return each_f([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  // a * b + c with one rounding or two, as the ISA likes: for class F only.
+  static Vf muladd(Vf a, Vf b, Vf c) { return add(mul(a, b), c); }
+  static Vf to_f32(Vi a) {
+    return each_f([&](int i) { return static_cast<float>(a.v[i]); });
+  }
+  // Nearest integer, ties to even, for |v| < 2^22; anything for other values. Adding 1.5 * 2^23 leaves the integer in the low bits.
+  static Vi round(Vf a) { return sub_i(bits(add(a, set1(12582912.0f))), bits(set1(12582912.0f))); }
+  static Vi bits(Vf a) {
+    Vi r;
+    __builtin_memcpy(&r, &a, sizeof r);
+    return r;
+  }
+  static Vf from_bits(Vi a) {
+    Vf r;
+    __builtin_memcpy(&r, &a, sizeof r);
+    return r;
+  }
+
+  // 16-bit values zero-extended; low 16 bits stored.
+  static Vi load_u16(const uint16_t* p) {
+    return each_i([=](int i) { return p[i]; });
+  }
+  static void store_u16(uint16_t* p, Vi v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(v.v[i]);
+  }
+  // IEEE 754 binary16, exact one way, nearest-even the other; NaN stays NaN.
+  static Vf load_f16(const uint16_t* p) {
+    return each_f([=](int i) { return half_to_float(p[i]); });
+  }
+  static void store_f16(uint16_t* p, Vf v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v.v[i]);
+  }
+  // Lanes within [-128, 127] as bytes.
+  static void store_s8(int8_t* p, Vi v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(v.v[i]);
+  }
+
+  // The dot product: kLanes words of four 8-bit codes, one word of four s8 broadcast, four products added to each lane.
+  using W = Vi;
+  struct X {
+    int32_t k[4];
+  };
+  static constexpr int kXBytesPerK = 1;  // bytes a row element takes in the form load_x reads; 1: the s8 row itself
+  static W load_w8(const uint8_t* p) { return load_i(p); }
+  static X load_x(const char* p) { return {{s8(p[0]), s8(p[1]), s8(p[2]), s8(p[3])}}; }
+  static Vi dot4(Vi acc, W w, const X& x) {
+    return each_i([&](int i) {
+      const uint32_t c = u(w.v[i]);
+      const int32_t sum = static_cast<int32_t>(c & 255) * x.k[0] + static_cast<int32_t>(c >> 8 & 255) * x.k[1] +
+                          static_cast<int32_t>(c >> 16 & 255) * x.k[2] + static_cast<int32_t>(c >> 24) * x.k[3];
+      return u(acc.v[i]) + u(sum);
+    });
+  }
+
+  // Register blocks: rows x tiles of the integer and of the float GEMM, and how many sets of accumulators share the k steps.
+  static constexpr int kMaxRows = 2;
+  static constexpr int max_tiles(int) { return 1; }
+  static constexpr int acc_sets(int) { return 1; }
+  static constexpr int kFloatMaxRows = 2;
+  static constexpr int kFloatTiles = 1;
+
+ private:
+  static int32_t s8(char c) { return static_cast<int8_t>(c); }
+
+  static float half_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+    uint32_t exponent = h >> 10 & 31, mantissa = h & 1023;
+    uint32_t bits;
+    if (exponent == 31) {
+      bits = sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000u : 0u);
+    } else if (exponent == 0) {
+      // mantissa * 2^-24, exact in f32
+      const float value = static_cast<float>(static_cast<int32_t>(mantissa)) * 5.9604644775390625e-8f;
+      __builtin_memcpy(&bits, &value, 4);
+      bits |= sign;
+    } else {
+      bits = sign | (exponent + 112) << 23 | mantissa << 13;
+    }
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  }
+  static uint16_t float_to_half(float f) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &f, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));
+    if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and up round to inf
+    if (magnitude < 0x38800000) {
+      // below 2^-14: adding 0.5 leaves round(|f| * 2^24) in the low bits of the sum, rounded by the addition itself
+      float value;
+      __builtin_memcpy(&value, &magnitude, 4);
+      value += 0.5f;
+      uint32_t sum;
+      __builtin_memcpy(&sum, &value, 4);
+      return static_cast<uint16_t>(sign | (sum - 0x3f000000));
+    }
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+  }
+};
+
+}  // namespace
+}  // namespace tersor::TERSOR_ISA

@@ -1,0 +1,120 @@
+// Float rows to s8 rows: the formula of kernel_table.h, two passes over a row that the first brings into L1.
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+constexpr float kTinyAbsmax = 7.888609052210118e-31f;  // 2^-100: below it 127/absmax nears the end of the float range
+constexpr int32_t kInfBits = 0x7f800000;
+
+// The last, incomplete vector of a row, padded with zeros.
+inline Vf load_tail(const void* x, Dtype dtype, int64_t k, int64_t K) {
+  alignas(64) char padded[Isa::kLanes * 4] = {};
+  const int64_t bytes = dtype_bytes(dtype);
+  __builtin_memcpy(padded, static_cast<const char*>(x) + k * bytes, static_cast<size_t>((K - k) * bytes));
+  return load_as(padded, dtype, 0);
+}
+
+// Bits of max |x|: sign-cleared floats order like integers, and NaN and inf come out on top (>= kInfBits).
+template <Dtype kDtype>
+int32_t absmax_bits(const void* x, int64_t K) {
+  const Vi magnitude = Isa::set1_i(0x7fffffff);
+  Vi m0 = Isa::zero_i(), m1 = m0, m2 = m0, m3 = m0;
+  int64_t k = 0;
+  for (; k + 4 * Isa::kLanes <= K; k += 4 * Isa::kLanes) {
+    m0 = Isa::max_i(m0, Isa::and_i(Isa::bits(load_as(x, kDtype, k)), magnitude));
+    m1 = Isa::max_i(m1, Isa::and_i(Isa::bits(load_as(x, kDtype, k + Isa::kLanes)), magnitude));
+    m2 = Isa::max_i(m2, Isa::and_i(Isa::bits(load_as(x, kDtype, k + 2 * Isa::kLanes)), magnitude));
+    m3 = Isa::max_i(m3, Isa::and_i(Isa::bits(load_as(x, kDtype, k + 3 * Isa::kLanes)), magnitude));
+  }
+  for (; k + Isa::kLanes <= K; k += Isa::kLanes) m0 = Isa::max_i(m0, Isa::and_i(Isa::bits(load_as(x, kDtype, k)), magnitude));
+  if (k < K) m0 = Isa::max_i(m0, Isa::and_i(Isa::bits(load_tail(x, kDtype, k, K)), magnitude));
+  return Isa::reduce_max(Isa::max_i(Isa::max_i(m0, m1), Isa::max_i(m2, m3)));
+}
+
+inline Vi quantize(Vf v, Vf inv) {
+  v = Isa::mul(v, inv);
+  v = Isa::min_(Isa::max_(v, Isa::set1(-127.0f)), Isa::set1(127.0f));  // in float, before converting: large values stay large
+  return Isa::round(v);
+}
+
+template <Dtype kDtype>
+int32_t quantize_row(const void* x, int64_t K, float inv_absmax, int8_t* q) {
+  const Vf inv = Isa::set1(inv_absmax);
+  Vi sum0 = Isa::zero_i(), sum1 = sum0;
+  int64_t k = 0;
+  for (; k + 2 * Isa::kLanes <= K; k += 2 * Isa::kLanes) {
+    const Vi a = quantize(load_as(x, kDtype, k), inv);
+    const Vi b = quantize(load_as(x, kDtype, k + Isa::kLanes), inv);
+    Isa::store_s8(q + k, a);
+    Isa::store_s8(q + k + Isa::kLanes, b);
+    sum0 = Isa::add_i(sum0, a);
+    sum1 = Isa::add_i(sum1, b);
+  }
+  for (; k < K; k += Isa::kLanes) {
+    const bool whole = k + Isa::kLanes <= K;
+    const Vi a = quantize(whole ? load_as(x, kDtype, k) : load_tail(x, kDtype, k, K), inv);
+    sum0 = Isa::add_i(sum0, a);
+    if (whole) {
+      Isa::store_s8(q + k, a);
+    } else {
+      int8_t last[Isa::kLanes];
+      Isa::store_s8(last, a);
+      __builtin_memcpy(q + k, last, static_cast<size_t>(K - k));
+    }
+  }
+  return Isa::reduce_add(Isa::add_i(sum0, sum1));
+}
+
+template <Dtype kDtype>
+void quantize_rows(const QuantizeArgs& a) {
+  for (int64_t m = 0; m < a.M; ++m) {
+    const char* x = static_cast<const char*>(a.x.x) + m * a.x.ld * dtype_bytes(kDtype);
+    int8_t* q = a.q + m * a.ldq;
+    int32_t row_bits = absmax_bits<kDtype>(x, a.K);
+    const bool finite = row_bits < kInfBits;
+    if (a.absmax) {
+      __builtin_memcpy(&row_bits, a.absmax + m, 4);
+      row_bits &= 0x7fffffff;
+    }
+    float absmax;
+    __builtin_memcpy(&absmax, &row_bits, 4);
+    if (!finite || row_bits >= kInfBits) {
+      a.scale[m] = __builtin_nanf("");
+      absmax = 0.0f;
+    } else {
+      a.scale[m] = absmax < kTinyAbsmax ? 0.0f : absmax * (1.0f / 127.0f);
+    }
+    if (absmax < kTinyAbsmax) {
+      __builtin_memset(q, 0, static_cast<size_t>(a.K));
+      a.row_sum[m] = 0;
+    } else {
+      a.row_sum[m] = quantize_row<kDtype>(x, a.K, 127.0f / absmax, q);
+    }
+  }
+}
+
+void quantize_x(const QuantizeArgs& a) {
+  switch (a.x.dtype) {
+    case Dtype::f32:
+      return quantize_rows<Dtype::f32>(a);
+    case Dtype::bf16:
+      return quantize_rows<Dtype::bf16>(a);
+    case Dtype::f16:
+      return quantize_rows<Dtype::f16>(a);
+    case Dtype::s32:
+      return;
+  }
+}
+
+void widen_x(const void* x, Dtype dtype, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= n; i += Isa::kLanes) Isa::store(out + i, load_as(x, dtype, i));
+  if (i < n) {
+    float last[Isa::kLanes];
+    Isa::store(last, load_tail(x, dtype, i, n));
+    __builtin_memcpy(out + i, last, static_cast<size_t>(n - i) * 4);
+  }
+}
+
+}  // namespace
+}  // namespace tersor::TERSOR_ISA

@@ -1,0 +1,23 @@
+// Compiled once per instruction set with its flags: TERSOR_ISA is the namespace, TERSOR_ISA_HEADER its vocabulary. The object exports
+// its table and nothing else; no std template may be instantiated here, or the linker could hand its wide code to the baseline.
+#include TERSOR_ISA_HEADER
+
+#include "epilogue.h"
+// clang-format off: each builds on the one above
+#include "quantize_x.inl"
+#include "gemm_int.inl"
+#include "gemm_float.inl"
+// clang-format on
+
+namespace tersor::TERSOR_ISA {
+
+extern const KernelTable table;
+const KernelTable table = {
+    TERSOR_ISA_NAME,
+    {quantize_x},
+    {widen_x},
+    {gemm_w8, Isa::kXBytesPerK > 1 ? Isa::kXBytesPerK : 0},
+    {gemm_f32_w8, kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles* kTileN * 4},
+};
+
+}  // namespace tersor::TERSOR_ISA

@@ -1,0 +1,35 @@
+"""The ops: kernels where the device has them, plain torch elsewhere. Importing this package registers them with torch."""
+
+from __future__ import annotations
+
+from .. import native
+from ._register import OPS, Op
+from .differentiable import input_grad, linear_dynamic_differentiable, linear_weight_only_differentiable
+from .epilogues import EPILOGUES
+from .int_matmul import int_matmul
+from .linear_int8 import linear_acc, linear_dynamic, linear_s8
+from .linear_weight_only import linear_weight_only
+from .quantize_rows import quantize_rows
+from .tiles import from_rows, pack, to_rows, unpack
+
+NATIVE = native.load_torch_ops()
+
+__all__ = [
+    "EPILOGUES",
+    "NATIVE",
+    "OPS",
+    "Op",
+    "from_rows",
+    "input_grad",
+    "int_matmul",
+    "linear_acc",
+    "linear_dynamic",
+    "linear_dynamic_differentiable",
+    "linear_s8",
+    "linear_weight_only",
+    "linear_weight_only_differentiable",
+    "pack",
+    "quantize_rows",
+    "to_rows",
+    "unpack",
+]

@@ -1,0 +1,63 @@
+"""Checks shared by the shape rules. Each names the function, the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .epilogues import check_epilogue
+from .tiles import MAX_K, check_tiles
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_x(function: str, x: Tensor) -> int:
+    """x must be a dense float tensor [..., K] with K in the exact range; returns K."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: x is {type(x).__name__}, expected a Tensor")
+    if x.is_nested:
+        raise TypeError(f"{function}: x is a nested tensor, expected a dense one; pad it with torch.nested.to_padded_tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{function}: x is {x.layout}, expected a dense tensor; call .to_dense() first")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{function}: x is {x.dtype}, expected float32, bfloat16 or float16")
+    return check_last_dim(function, "x", x)
+
+
+def check_last_dim(function: str, name: str, x: Tensor) -> int:
+    if x.dim() == 0:
+        raise ValueError(f"{function}: {name} is 0-dimensional, expected [..., K]")
+    k = x.shape[-1]
+    if k > MAX_K:
+        raise ValueError(f"{function}: K={k} is above {MAX_K}, the largest for which int32 sums are exact")
+    return k
+
+
+def check_device(function: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{function}: {name} is on {t.device}, x on {x.device}; move the module or x so that they meet")
+
+
+def check_weights(
+    function: str, k: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str
+) -> int:
+    """The stored tensors of an int8 layer must fit each other and K; returns N."""
+    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
+        raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
+    n = weight_scale.shape[0]
+    if weight_packed.dim() == 3 and k > 0 and weight_packed.shape[1] != (k + 3) // 4:
+        raise ValueError(
+            f"{function}: x has K={k}, but weight_packed {list(weight_packed.shape)} holds K in "
+            f"[{weight_packed.shape[1] * 4 - 3}, {weight_packed.shape[1] * 4}]"
+        )
+    check_tiles(function, weight_packed, n, k)
+    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (n,)):
+        raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
+    check_epilogue(function, epilogue)
+    return n
+
+
+def check_per_row(function: str, name: str, t: Tensor, dtype: torch.dtype, lead: torch.Size) -> None:
+    if t.dtype != dtype or t.shape != lead:
+        raise ValueError(f"{function}: {name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(lead)}, one for each row")

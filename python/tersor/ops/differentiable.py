@@ -1,0 +1,91 @@
+"""Layers with gradients. register_autograd puts Python into every eager call, so the raw ops have none; these wrap them.
+
+The backward of a quantised layer is the straight-through one (Bengio et al., arXiv:1308.3432): activations count as unquantised,
+so grad_x = grad_y W with the stored weights; packed weights are frozen and get no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._register import NAMESPACE, Op, library, op
+from .checks import FLOATS, check_device, check_weights
+from .epilogues import EPILOGUES
+from .linear_int8 import linear_dynamic
+from .linear_weight_only import _BLOCK_TILES, linear_weight_only
+from .tiles import MAX_K, TILE_N, to_rows
+
+
+def _check_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
+    if not 0 <= in_features <= MAX_K:
+        raise ValueError(f"input_grad: in_features is {in_features}, expected 0 to {MAX_K}")
+    n = check_weights("input_grad", in_features, weight_packed, weight_scale, None, "none")
+    if grad.dtype not in FLOATS or grad.dim() == 0 or grad.shape[-1] != n:
+        raise ValueError(f"input_grad: grad is {grad.dtype} {list(grad.shape)}, expected float [..., {n}]")
+    check_device("input_grad", grad, weight_packed=weight_packed, weight_scale=weight_scale)
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@op("(Tensor grad, Tensor weight_packed, Tensor weight_scale, int in_features) -> Tensor", check=_check_input_grad)
+def input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
+    """Gradient of an int8 linear layer with respect to x: grad [..., N] times the stored weights [N, K] -> [..., K].
+
+    float32 sums, 256 channels of weights as float at a time; the result has the dtype of grad.
+    """
+    _check_input_grad(grad, weight_packed, weight_scale, in_features)
+    n = weight_scale.shape[0]
+    g = grad.reshape(-1, n).float() * weight_scale
+    out = torch.zeros((g.shape[0], in_features), dtype=torch.float32, device=grad.device)
+    with torch.autocast(grad.device.type, enabled=False):
+        for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
+            begin, end = t * TILE_N, min(n, (t + _BLOCK_TILES) * TILE_N)
+            out.addmm_(g[:, begin:end], to_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, in_features).float())
+    return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight_packed, weight_scale, bias, epilogue = inputs
+    ctx.epilogue = epilogue
+    # x itself is needed only to differentiate an activation; its shape is known from grad and K.
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight_packed, weight_scale, *(() if epilogue == "none" else (x, bias)))
+
+
+def _make(raw: Op, doc: str) -> Op:
+    """The differentiable twin of `raw`: same arguments, same bits, gradients for x and bias."""
+
+    def reference(
+        x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
+    ) -> Tensor:
+        return raw.raw(x, weight_packed, weight_scale, bias, epilogue)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight_packed, weight_scale, *rest = ctx.saved_tensors
+        if ctx.epilogue != "none":
+            # The value before the activation is computed again rather than kept.
+            x, bias = rest
+            before = raw.raw(x, weight_packed, weight_scale, bias, "none").float()
+            with torch.enable_grad():
+                before.requires_grad_()
+                after = EPILOGUES[ctx.epilogue](before)
+                (slope,) = torch.autograd.grad(after, before, grad.float())
+            grad = slope.to(grad.dtype)
+        grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.needs_input_grad[0] else None
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None
+
+    reference.__name__ = raw.name + "_differentiable"
+    reference.__doc__ = doc
+    twin = op(str(raw.raw._schema).split(raw.name, 1)[1].removeprefix(".default"), check=raw.check)(reference)
+    torch.library.register_autograd(f"{NAMESPACE}::{twin.name}", backward, setup_context=_setup, lib=library)
+    return twin
+
+
+linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x and bias.")
+linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")

@@ -1,0 +1,23 @@
+"""The one helper of the references that a backend replaces: s8 x s8 -> s32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK_K = 1024  # 1024 * 128 * 127 < 2**24: float32 holds every partial sum exactly
+
+
+def int_matmul(x_s8: Tensor, w_s8: Tensor) -> Tensor:
+    """Exact x [M, K] int8 times w [N, K] int8 transposed -> int32 [M, N], on any device.
+
+    float32 matmuls over blocks of K, each exact, summed in int32; autocast would round them, so it is off here.
+    """
+    m, k = x_s8.shape
+    acc = torch.zeros((m, w_s8.shape[0]), dtype=torch.int32, device=x_s8.device)
+    with torch.autocast(x_s8.device.type, enabled=False):
+        for begin in range(0, k, _BLOCK_K):
+            x_block = x_s8[:, begin : begin + _BLOCK_K].float()
+            w_block = w_s8[:, begin : begin + _BLOCK_K].float()
+            acc += torch.mm(x_block, w_block.t()).to(torch.int32)
+    return acc

@@ -1,0 +1,132 @@
+"""Linear layers on 8-bit tiles with int8 activations: y = act((acc * scale) * weight_scale + bias)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import int_matmul as _int_matmul
+from ._register import op
+from .checks import FLOATS, check_device, check_last_dim, check_per_row, check_weights, check_x
+from .epilogues import EPILOGUES
+from .quantize_rows import quantize_rows
+from .tiles import check_tiles, to_rows
+
+
+def _check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
+    if q.dtype != torch.int8:
+        raise TypeError(f"{function}: q is {q.dtype}, expected torch.int8; make it with quantize_rows")
+    check_per_row(function, "row_sum", row_sum, torch.int32, q.shape[:-1])
+    return check_last_dim(function, "q", q)
+
+
+def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
+    k = _check_q("linear_acc", q, row_sum)
+    if out_features < 0:
+        raise ValueError(f"linear_acc: out_features is {out_features}, expected 0 or more")
+    check_device("linear_acc", q, row_sum=row_sum, weight_packed=weight_packed)
+    check_tiles("linear_acc", weight_packed, out_features, k)
+    return q.new_empty((*q.shape[:-1], out_features), dtype=torch.int32)
+
+
+@op("(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features) -> Tensor", check=_check_acc)
+def linear_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
+    """The int32 accumulators of a linear layer, exact: acc[m, n] = sum_k q[m, k] * w[n, k].
+
+    q             int8  [..., K] from quantize_rows, any row stride
+    row_sum       int32 [...]    sum of q over K; repairs the offset of the codes
+    weight_packed uint8 [ceil(N/16), ceil(K/4), 64] tiles of codes w + 128
+    out_features  N
+    returns       int32 [..., N]; cannot wrap for K <= 132104
+
+    Raises ValueError / TypeError where sizes or dtypes do not fit each other.
+    """
+    _check_acc(q, row_sum, weight_packed, out_features)
+    k = q.shape[-1]
+    acc = _int_matmul.int_matmul(q.reshape(-1, k), to_rows(weight_packed, out_features, k))
+    return acc.reshape(*q.shape[:-1], out_features)
+
+
+def _check_s8(
+    q: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    k = _check_q("linear_s8", q, row_sum)
+    check_per_row("linear_s8", "scale", scale, torch.float32, q.shape[:-1])
+    check_device("linear_s8", q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
+    n = check_weights("linear_s8", k, weight_packed, weight_scale, bias, epilogue)
+    if out_dtype not in FLOATS:
+        raise TypeError(f"linear_s8: out_dtype is {out_dtype}, expected float32, bfloat16 or float16")
+    return q.new_empty((*q.shape[:-1], n), dtype=out_dtype)
+
+
+@op(
+    "(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, Tensor? bias, "
+    "str epilogue='none', ScalarType out_dtype=float) -> Tensor",
+    check=_check_s8,
+)
+def linear_s8(
+    q: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Linear layer on rows that are already int8, so that several layers can share one quantisation.
+
+    q, scale, row_sum   from quantize_rows: int8 [..., K], float32 [...], int32 [...]
+    weight_packed       uint8 [ceil(N/16), ceil(K/4), 64] tiles of codes w + 128
+    weight_scale        float32 [N], per output channel
+    bias                float [N] or None
+    epilogue            one of ops.EPILOGUES, applied to the float32 result
+    returns             out_dtype [..., N] = act(((f32(acc) * scale) * weight_scale) + bias); a row with scale NaN is NaN
+
+    Raises ValueError / TypeError where sizes or dtypes do not fit. Scheme: Jacob et al., arXiv:1712.05877, section 2.
+    """
+    _check_s8(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, out_dtype)
+    acc = linear_acc.reference(q, row_sum, weight_packed, weight_scale.shape[0])
+    y = acc.float() * scale.unsqueeze(-1) * weight_scale
+    if bias is not None:
+        y = y + bias.float()
+    return EPILOGUES[epilogue](y).to(out_dtype)
+
+
+def _check_dynamic(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
+) -> Tensor:
+    k = check_x("linear_dynamic", x)
+    check_device("linear_dynamic", x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
+    n = check_weights("linear_dynamic", k, weight_packed, weight_scale, bias, epilogue)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@op(
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none') -> Tensor",
+    check=_check_dynamic,
+)
+def linear_dynamic(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
+) -> Tensor:
+    """Int8 linear layer with dynamic activations in one call: quantize_rows, integer GEMM, epilogue.
+
+    x              float32 / bfloat16 / float16 [..., K], any strides
+    weight_packed  uint8 [ceil(N/16), ceil(K/4), 64] tiles of codes w + 128
+    weight_scale   float32 [N]
+    bias           float [N] or None
+    returns        dtype of x, [..., N]: the same bits as quantize_rows followed by linear_s8
+
+    Raises ValueError / TypeError where sizes or dtypes do not fit, or K > 132104. The result carries no gradient; see
+    ops.differentiable.
+    """
+    _check_dynamic(x, weight_packed, weight_scale, bias, epilogue)
+    q, scale, row_sum = quantize_rows.reference(x)
+    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype)

@@ -1,0 +1,47 @@
+"""Linear layer on 8-bit tiles with float activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._register import op
+from .checks import check_device, check_weights, check_x
+from .epilogues import EPILOGUES
+from .tiles import TILE_N, to_rows
+
+_BLOCK_TILES = 16  # 256 output channels are expanded to float at a time, never all of them
+
+
+def _check(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
+    k = check_x("linear_weight_only", x)
+    check_device("linear_weight_only", x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
+    n = check_weights("linear_weight_only", k, weight_packed, weight_scale, bias, epilogue)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@op(
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none') -> Tensor",
+    check=_check,
+)
+def linear_weight_only(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
+) -> Tensor:
+    """Linear layer with int8 weights and float activations: y = act((sum_k x * w) * weight_scale + bias), float32 sums.
+
+    Shapes and errors as ops.linear_dynamic. x is read as it is; weights become float a block at a time. The order of the sums
+    is the kernel's own: |error| <= 2 K eps sum_k |x w| * weight_scale (class F of docs/numerics.md).
+    """
+    _check(x, weight_packed, weight_scale, bias, epilogue)
+    n, k = weight_scale.shape[0], x.shape[-1]
+    xf = x.reshape(-1, k).float()
+    y = torch.empty((xf.shape[0], n), dtype=torch.float32, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
+            begin, end = t * TILE_N, min(n, (t + _BLOCK_TILES) * TILE_N)
+            rows = to_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, k)
+            y[:, begin:end] = torch.mm(xf, rows.float().t())
+    y = y * weight_scale
+    if bias is not None:
+        y = y + bias.float()
+    return EPILOGUES[epilogue](y).to(x.dtype).reshape(*x.shape[:-1], n)

@@ -1,0 +1,50 @@
+"""Tersor: PyTorch layers that are smaller and really faster on the machine at hand.
+
+    import tersor
+    tersor.quantize_(model, tersor.Int8Dynamic())
+
+Names are resolved on first use: `import tersor` does no work and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it.
+_PUBLIC = {
+    "Int8Dynamic": "formats",
+    "Int8WeightOnly": "formats",
+    "QuantLinear": "nn",
+    "dequantize_": "swap",
+    "info": "information",
+    "quantize_": "swap",
+    "quantize_dynamic": "swap",
+    "quantize_weights": "swap",
+}
+_SUBMODULES = ("formats", "nn", "numpy", "ops")
+
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from . import formats, nn, numpy, ops
+    from .formats import Int8Dynamic, Int8WeightOnly
+    from .information import info
+    from .nn import QuantLinear
+    from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'tersor' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

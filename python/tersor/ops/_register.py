@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "tersor"
 
@@ -20,39 +21,73 @@ OPS: dict[str, Op] = {}
 class Op:
     """A public op. Calling it runs the kernel of the inputs' device, or the reference where that device has none.
 
-    raw        the torch op overload, without autograd
+    raw        the torch op overload
+    kernels    entries of the native kernel table that serve it on a CPU; none: plain torch everywhere
     reference  the plain-torch definition; the oracle of the tests
     check      the shape rule: raises ValueError / TypeError on bad input, returns empty outputs
     """
 
-    def __init__(self, name: str, schema: str, reference: Callable[..., Any], check: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        reference: Callable[..., Any],
+        check: Callable[..., Any],
+        kernels: tuple[str, ...],
+        autocast: bool,
+    ) -> None:
         self.name = name
+        self.schema = schema
         self.reference = reference
         self.check = check
+        self.kernels = kernels
         functools.update_wrapper(self, reference)
         library.define(name + schema)
         library.impl(name, reference, "CompositeExplicitAutograd")
+        if autocast:
+            for device in ("CPU", "CUDA"):
+                library.impl(name, self._run_under_autocast, f"Autocast{device}")
         torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=library)
         self.raw = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.raw(*args, **kwargs)
-        except (RuntimeError, NotImplementedError):
-            # The kernel refused; say why in Python's own terms. Where the shape rule finds nothing the first error stands.
-            self.check(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError):
+            # The kernel refused; the shape rule says why in Python's own terms. Where it finds nothing the first error stands.
+            try:
+                self.check(*args, **kwargs)
+            except (ValueError, TypeError) as reason:
+                raise reason from None
             raise
+
+    def _run_under_autocast(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x is read as it is, the result gets the autocast dtype. Reached through the dispatcher only: free without autocast."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return self.raw(x, *args, **kwargs).to(dtype)
 
     def __repr__(self) -> str:
         return f"tersor.ops.{self.name}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return op_by_name, (self.name,)
 
-def op(schema: str, check: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
-    """Decorator: `schema` is the part after the name, as in torch.library; `check` is the shape rule."""
+
+def op_by_name(name: str) -> Op:
+    return OPS[name]
+
+
+def op(
+    schema: str, check: Callable[..., Any], kernels: tuple[str, ...] = (), autocast: bool = False
+) -> Callable[[Callable[..., Any]], Op]:
+    """Decorator: `schema` is the part after the name, as in torch.library; `check` is the shape rule; `autocast` says that the
+    first argument and the result are activations, so that the result takes the autocast dtype."""
 
     def define(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
-        OPS[name] = Op(name, schema, reference, check)
+        OPS[name] = Op(name, schema, reference, check, kernels, autocast)
         return OPS[name]
 
     return define

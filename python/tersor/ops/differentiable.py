@@ -82,7 +82,7 @@ def _make(raw: Op, doc: str) -> Op:
 
     reference.__name__ = raw.name + "_differentiable"
     reference.__doc__ = doc
-    twin = op(str(raw.raw._schema).split(raw.name, 1)[1].removeprefix(".default"), check=raw.check)(reference)
+    twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=True)(reference)
     torch.library.register_autograd(f"{NAMESPACE}::{twin.name}", backward, setup_context=_setup, lib=library)
     return twin
 

@@ -29,7 +29,7 @@ def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: 
     return q.new_empty((*q.shape[:-1], out_features), dtype=torch.int32)
 
 
-@op("(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features) -> Tensor", check=_check_acc)
+@op("(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features) -> Tensor", check=_check_acc, kernels=("gemm_w8",))
 def linear_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
     """The int32 accumulators of a linear layer, exact: acc[m, n] = sum_k q[m, k] * w[n, k].
 
@@ -70,6 +70,7 @@ def _check_s8(
     "(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, Tensor? bias, "
     "str epilogue='none', ScalarType out_dtype=float) -> Tensor",
     check=_check_s8,
+    kernels=("gemm_w8",),
 )
 def linear_s8(
     q: Tensor,
@@ -112,6 +113,8 @@ def _check_dynamic(
 @op(
     "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none') -> Tensor",
     check=_check_dynamic,
+    kernels=("quantize_x", "gemm_w8"),
+    autocast=True,
 )
 def linear_dynamic(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"

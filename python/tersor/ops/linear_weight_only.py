@@ -23,6 +23,8 @@ def _check(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor 
 @op(
     "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none') -> Tensor",
     check=_check,
+    kernels=("widen_x", "gemm_f32_w8"),
+    autocast=True,
 )
 def linear_weight_only(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"

@@ -1,0 +1,171 @@
+"""Formats: what a layer stores and how it is computed. Each is a frozen dataclass, printed as the code that makes it.
+
+A format lists its tensors once; construction, state_dict, checks and sharding are generated from that list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops.tiles import MAX_K, TILE_N, packed_shape
+
+LAYOUT_VERSION = 1  # of the tiles and of the tag; a newer version of the package reads every older one
+
+
+class TensorSpec(NamedTuple):
+    """One stored tensor. Bulk integer data are frozen parameters (sharded, not resent); small float data are buffers."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parameter: bool
+
+
+Stored = Mapping[str, Any]  # a module's _parameters or _buffers
+
+
+@dataclass(frozen=True)
+class Format:
+    """Base of all formats. Subclasses add fields and name the ops that compute them."""
+
+    tag: ClassVar[str]  # name in files and on the command line
+    op: ClassVar[ops.Op]
+    op_differentiable: ClassVar[ops.Op]
+
+    def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        """The stored tensors of an [N, K] layer, bias apart."""
+        raise NotImplementedError
+
+    def quantize(self, rows: Tensor) -> dict[str, Tensor]:
+        """Float rows [n, K] of the weight, n a multiple of 16 or the last rows -> their slice of each stored tensor."""
+        raise NotImplementedError
+
+    def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        """Stored tensors (or slices of whole n tiles) -> float32 [n, K]."""
+        raise NotImplementedError
+
+    def linear(self, op: ops.Op, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        """One call of `op` (self.op or its differentiable twin) on the stored tensors of a layer."""
+        raise NotImplementedError
+
+    def check_sizes(self, n: int, k: int) -> None:
+        """Raises ValueError where the format cannot hold an [N, K] weight."""
+        if k > MAX_K:
+            raise ValueError(f"{self!r}: in_features={k} is above {MAX_K}, the largest for which int32 sums are exact")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.tag, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Int8(Format):
+    """8-bit tiles, one scale per output channel, symmetric: w = (code - 128) * weight_scale."""
+
+    def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("weight_packed", torch.uint8, packed_shape(n, k), True),
+            TensorSpec("weight_scale", torch.float32, (n,), False),
+        )
+
+    def quantize(self, rows: Tensor) -> dict[str, Tensor]:
+        q, scale, _ = ops.quantize_rows(rows)  # the formula of the activations, per channel
+        return {"weight_packed": ops.from_rows(q), "weight_scale": scale}
+
+    def linear(self, op: ops.Op, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        return op(x, parameters["weight_packed"], buffers["weight_scale"], bias)
+
+    def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        return ops.to_rows(stored["weight_packed"], n, k).float() * stored["weight_scale"].unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Int8Dynamic(_Int8):
+    """Int8 weights per channel, activations quantised per token at run time, exact int32 sums. The default choice."""
+
+    tag: ClassVar[str] = "int8-dynamic"
+    op: ClassVar[ops.Op] = ops.linear_dynamic
+    op_differentiable: ClassVar[ops.Op] = ops.linear_dynamic_differentiable
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly(_Int8):
+    """Int8 weights per channel, float activations and sums: the accuracy of float activations, faster where M is small."""
+
+    tag: ClassVar[str] = "int8-weight-only"
+    op: ClassVar[ops.Op] = ops.linear_weight_only
+    op_differentiable: ClassVar[ops.Op] = ops.linear_weight_only_differentiable
+
+
+FORMATS: dict[str, type[Format]] = {cls.tag: cls for cls in (Int8Dynamic, Int8WeightOnly)}
+
+# quantize_weights(num_bits, activations) -> format
+BY_BITS: dict[tuple[int, str | None], type[Format]] = {(8, "int8"): Int8Dynamic, (8, None): Int8WeightOnly}
+
+
+def format_from_dict(data: Any) -> Format:
+    """The inverse of Format.to_dict; raises ValueError on anything else than a known format with its own fields."""
+    if not isinstance(data, dict) or data.get("name") not in FORMATS:
+        name = data.get("name") if isinstance(data, dict) else data
+        raise ValueError(f"format is {name!r}, expected one of: {', '.join(FORMATS)}")
+    cls = FORMATS[data["name"]]
+    given = {key: value for key, value in data.items() if key != "name"}
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not given.keys() <= known:
+        raise ValueError(f"format {data['name']!r} has unknown fields: {', '.join(sorted(given.keys() - known))}")
+    return cls(**given)
+
+
+_MAX_TAG_BYTES = 4096
+
+
+def encode_tag(fmt: Format, n: int, k: int) -> Tensor:
+    """What identifies a stored layer, as a uint8 tensor of JSON (a tensor, so that safetensors and weights_only carry it)."""
+    tag = {"layout": LAYOUT_VERSION, "format": fmt.to_dict(), "out_features": n, "in_features": k}
+    return torch.tensor(list(json.dumps(tag, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+
+
+def decode_tag(state: Any, where: str) -> tuple[Format, int, int]:
+    """The inverse of encode_tag; raises ValueError naming `where` on anything malformed or newer than this package."""
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or state.is_meta:
+        raise ValueError(f"{where}: the layer's tag must be a 1-d uint8 tensor of JSON, got {_describe(state)}")
+    if state.numel() > _MAX_TAG_BYTES:
+        raise ValueError(f"{where}: the layer's tag has {state.numel()} bytes, expected at most {_MAX_TAG_BYTES}")
+    try:
+        tag = json.loads(bytes(state.tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: the layer's tag is not JSON ({error})") from None
+    if not isinstance(tag, dict) or type(tag.get("layout")) is not int:
+        raise ValueError(f"{where}: the layer's tag has no layout version")
+    if not 1 <= tag["layout"] <= LAYOUT_VERSION:
+        raise ValueError(
+            f"{where}: layout version {tag['layout']}, this package reads 1 to {LAYOUT_VERSION}; a newer tersor wrote it"
+        )
+    n, k = tag.get("out_features"), tag.get("in_features")
+    if type(n) is not int or type(k) is not int or not (0 <= n < 2**40 and 0 <= k < 2**40):
+        raise ValueError(f"{where}: the layer's tag says out_features={n!r}, in_features={k!r}, expected sizes")
+    try:
+        return format_from_dict(tag.get("format")), n, k
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+# Rows of the weight quantised at a time: the float block stays below this many elements (16 MiB of float32).
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def row_blocks(n: int, k: int) -> list[tuple[int, int]]:
+    """[begin, end) of blocks of whole n tiles."""
+    step = max(TILE_N, _BLOCK_ELEMENTS // max(k, 1) // TILE_N * TILE_N)
+    return [(begin, min(n, begin + step)) for begin in range(0, n, step)]

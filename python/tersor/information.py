@@ -1,0 +1,62 @@
+"""What runs where: `tersor.info()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import native
+
+
+@dataclass(frozen=True)
+class Info:
+    """Facts about this installation and machine; str() is for people, the fields are for programs.
+
+    variants  (name, runnable, missing CPU feature) of each compiled instruction set, best first
+    kernels   kernel -> instruction set that serves it
+    ops       op -> what serves it on a CPU tensor and why; every other device runs the reference
+    """
+
+    version: str
+    torch: str
+    threads: int
+    native: bool
+    variants: tuple[tuple[str, bool, str], ...]
+    kernels: dict[str, str]
+    ops: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"tersor {self.version}, torch {self.torch}, {self.threads} threads"]
+        if not self.native:
+            lines.append("native kernels: none; every op runs as its plain-torch reference")
+        for name, runnable, missing in self.variants:
+            lines.append(f"  {name:14s} {'runs here' if runnable else f'needs {missing}'}")
+        lines.append("ops on a CPU tensor (other devices run the reference):")
+        lines += [f"  {name:34s} {how}" for name, how in self.ops.items()]
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """The versions, the CPU's instruction sets, and which kernel serves each op. Raises RuntimeError on a wrong TERSOR_ISA."""
+    import torch
+
+    from . import __version__, ops
+
+    cpu = native.cpu_info() if ops.NATIVE else None
+    kernels = dict(cpu["kernels"]) if cpu else {}
+    served = {}
+    for name, op in ops.OPS.items():
+        if not op.kernels:
+            served[name] = "plain torch on every device"
+        elif kernels:
+            served[name] = ", ".join(f"{entry}: {kernels[entry]}" for entry in op.kernels)
+        else:
+            served[name] = "reference (no native kernels)"
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        native=ops.NATIVE,
+        variants=tuple(tuple(row) for row in cpu["variants"]) if cpu else (),
+        kernels=kernels,
+        ops=served,
+    )

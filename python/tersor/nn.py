@@ -1,0 +1,164 @@
+"""QuantLinear: the module that stands where nn.Linear stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import Format, Int8Dynamic, decode_tag, encode_tag, row_blocks
+from .ops.tiles import TILE_N
+
+
+class QuantLinear(nn.Module):
+    """Linear layer with a packed weight: y = x W^T + bias, x [..., in_features] -> [..., out_features] in the dtype of x.
+
+    What is registered is what is stored: the tensors its format lists (integer data as frozen parameters, float32 scales as
+    buffers), `bias`, and a small tag of JSON in the state_dict. Casts change bias and the compute dtype, never the scales.
+
+        QuantLinear.from_linear(linear, Int8Dynamic())
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        format: Format | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        fmt = Int8Dynamic() if format is None else format
+        if not isinstance(fmt, Format):
+            raise TypeError(f"QuantLinear: format is {fmt!r}, expected a format such as tersor.Int8Dynamic()")
+        fmt.check_sizes(out_features, in_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = fmt
+        self._compute_dtype = torch.get_default_dtype() if dtype is None else dtype
+        for spec in fmt.tensors(out_features, in_features):
+            # Zeros, so that a layer which was never loaded computes its bias rather than noise.
+            t = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+            if spec.parameter:
+                self.register_parameter(spec.name, nn.Parameter(t, requires_grad=False))
+            else:
+                self.register_buffer(spec.name, t)
+        zeros = torch.zeros(out_features, dtype=self._compute_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, format: Format | None = None) -> QuantLinear:
+        """A layer with linear's weight quantised, its bias shared, on linear's device. The float weight is read in row blocks.
+
+        Raises ValueError where the weight holds NaN or inf, or the format cannot hold its size.
+        """
+        weight = linear.weight.detach()
+        layer = cls(
+            linear.in_features, linear.out_features, bias=False, format=format, device=torch.device("meta"), dtype=weight.dtype
+        )
+        n, k = weight.shape
+        device = weight.device
+        stored: dict[str, Tensor] = {}
+        # A swap under inference_mode must not leave inference tensors in the model.
+        with torch.inference_mode(False), torch.no_grad():
+            for spec in layer.specs():
+                stored[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            if not weight.is_meta:
+                for begin, end in row_blocks(n, k):
+                    rows = weight[begin:end]
+                    if not torch.isfinite(rows).all():
+                        raise ValueError(f"QuantLinear: weight holds NaN or inf in rows {begin} to {end - 1}; it cannot be quantised")
+                    for name, part in layer.format.quantize(rows).items():
+                        whole = stored[name]
+                        # dim 0 counts channels or n tiles of 16 channels
+                        at = begin if whole.shape[0] == n else begin // TILE_N
+                        whole[at : at + part.shape[0]].copy_(part)
+            for name, value in stored.items():
+                if name in layer._parameters:
+                    layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+                else:
+                    layer._buffers[name] = value
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        return layer
+
+    def specs(self) -> tuple[Any, ...]:
+        """The TensorSpec of each stored tensor, bias apart."""
+        return self.format.tensors(self.out_features, self.in_features)
+
+    def dequantize(self) -> nn.Linear:
+        """A float nn.Linear with the weight this layer stands for, in the compute dtype, sharing the bias."""
+        n, k = self.out_features, self.in_features
+        device = next(self.parameters()).device
+        linear = nn.Linear(k, n, bias=False, device=torch.device("meta"), dtype=self._compute_dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            weight = torch.empty((n, k), dtype=self._compute_dtype, device=device)
+            if not weight.is_meta:
+                for begin, end in row_blocks(n, k):
+                    part = {}
+                    for spec in self.specs():
+                        whole = getattr(self, spec.name)
+                        per_channel = spec.shape[0] == n
+                        first, last = (begin, end) if per_channel else (begin // TILE_N, -(-end // TILE_N))
+                        part[spec.name] = whole[first:last]
+                    weight[begin:end] = self.format.dequantize(part, end - begin, k)
+            linear.weight = nn.Parameter(weight)
+        linear.bias = self.bias
+        linear.train(self.training)
+        return linear
+
+    @property
+    def weight(self) -> Tensor:
+        """NaN expanded to [N, K] in the compute dtype: shape, dtype and device may be read; any use of the values shows."""
+        device = next(self.parameters()).device
+        return torch.full((), torch.nan, dtype=self._compute_dtype, device=device).expand(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # nn.Module.__getattr__ costs a quarter of a microsecond a tensor: a small layer at M = 1 would feel three of them.
+        parameters = self._parameters
+        bias = parameters["bias"]
+        fmt = self.format
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return fmt.linear(fmt.op_differentiable, x, parameters, self._buffers, bias)
+        return fmt.linear(fmt.op, x, parameters, self._buffers, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Casts leave the float32 buffers alone and moves do not: they pass through fn as int32 views of the same bits."""
+        probe = fn(torch.empty(0, dtype=torch.int32))
+        if probe.dtype != torch.int32:
+            raise TypeError(
+                f"QuantLinear: a cast of every tensor to {probe.dtype} (Module.type) would destroy the packed weight; "
+                "use .to(dtype), .half(), .bfloat16() or .float(), which cast the bias and leave packed data alone"
+            )
+        scales = [spec.name for spec in self.specs() if not spec.parameter]
+        for name in scales:
+            self._buffers[name] = self._buffers[name].view(torch.int32)  # type: ignore[union-attr]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name in scales:
+                self._buffers[name] = self._buffers[name].view(torch.float32)  # type: ignore[union-attr]
+        self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        return encode_tag(self.format, self.out_features, self.in_features)
+
+    def set_extra_state(self, state: Any) -> None:
+        fmt, n, k = decode_tag(state, "QuantLinear")
+        if (n, k) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"QuantLinear: the state is of a layer with out_features={n}, in_features={k}, this one has "
+                f"out_features={self.out_features}, in_features={self.in_features}"
+            )
+        if fmt != self.format:
+            raise ValueError(f"QuantLinear: the state is in format {fmt!r}, this layer in {self.format!r}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format!r}"
+        )

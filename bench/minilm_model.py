@@ -130,7 +130,9 @@ def token_rows(rows: int, tokens: int) -> Tensor:
         stream += encoding.ids
         if len(stream) >= rows * body:
             return torch.tensor([[cls, *stream[i * body : (i + 1) * body], sep] for i in range(rows)])
-    raise ValueError(f"token_rows: the documents hold {len(stream)} tokens, {rows} rows of {tokens} need {rows * body}; ask for fewer rows")
+    raise ValueError(
+        f"token_rows: the documents hold {len(stream)} tokens, {rows} rows of {tokens} need {rows * body}; ask for fewer rows"
+    )
 
 
 def sentence_embedding(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

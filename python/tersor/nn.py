@@ -117,6 +117,9 @@ class QuantLinear(nn.Module):
         return torch.full((), torch.nan, dtype=self._compute_dtype, device=device).expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The tiles alone cannot tell K from the next multiple of 4.
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"QuantLinear: x is {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         # nn.Module.__getattr__ costs a quarter of a microsecond a tensor: a small layer at M = 1 would feel three of them.
         parameters = self._parameters
         bias = parameters["bias"]

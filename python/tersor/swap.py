@@ -175,6 +175,18 @@ class _Rules:
         return found if matched else self.default
 
 
+def _check_dynamic_spec(model: nn.Module, spec: Mapping[Any, bool]) -> None:
+    names = {name for name, _ in model.named_modules()}
+    for key in spec:
+        if isinstance(key, str):
+            if key not in names:
+                raise ValueError(f"quantize_dynamic: qconfig_spec names {key!r}, which the model does not have")
+        elif not (isinstance(key, type) and issubclass(key, nn.Module)):
+            raise TypeError(f"quantize_dynamic: qconfig_spec holds {key!r}, expected module types and submodule names")
+        elif spec[key] and key is not nn.Linear and any(type(module) is key for module in model.modules()):
+            warnings.warn(f"tersor: {key.__name__} stays float: only nn.Linear is replaced", stacklevel=3)
+
+
 def _check_root(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model is {type(model).__name__}, expected an nn.Module")

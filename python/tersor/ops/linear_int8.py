@@ -95,6 +95,13 @@ def linear_s8(
     """
     _check_s8(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, out_dtype)
     acc = linear_acc.reference(q, row_sum, weight_packed, weight_scale.shape[0])
+    return finish(acc, scale, weight_scale, bias, epilogue, out_dtype)
+
+
+def finish(
+    acc: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str, out_dtype: torch.dtype
+) -> Tensor:
+    """The epilogue alone, as plain torch: act(((f32(acc) * scale) * weight_scale) + bias), each step rounded to float32."""
     y = acc.float() * scale.unsqueeze(-1) * weight_scale
     if bias is not None:
         y = y + bias.float()

@@ -1,0 +1,355 @@
+"""A real sentence encoder, three ways: float32, torch's quantize_dynamic, and Tersor Int8Dynamic, in one process.
+
+Speed of the whole model, bytes it holds, and how far its embeddings move; see minilm_model.py for the model and the texts.
+torch is imported late: ONEDNN_MAX_CPU_ISA is read once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from minilm_model import Embeddings
+    from torch import Tensor, nn
+
+SHAPES = ((1, 128), (8, 128), (1, 16))  # batch, tokens
+SLICE_S = (
+    0.08  # a contender's turn in a round: long against the clock and a scheduler tick, short against a change of the CPU's clock
+)
+WARMUP = 3  # oneDNN and the allocator settle in the first two calls of a shape
+SIMULATION_BOUND = 0.0005  # how far Tersor's mean cosine may lie from the simulation's
+ISA_CAP = "AVX512_CORE_VNNI"
+WIDER_FLAGS = ("amx_int8", "amx_bf16", "avx512_bf16")
+
+FP32 = "fp32"
+TORCH = "torch quantize_dynamic"
+TORCH_CHANNEL = "quantize_dynamic, per channel"
+TERSOR = "Tersor Int8Dynamic"
+SIMULATION = "simulation (torch)"
+
+
+class Accuracy(NamedTuple):
+    """Against the fp32 embeddings: cosine over all queries and documents, share of queries with the same best document, share found."""
+
+    mean_cosine: float
+    worst_cosine: float
+    same_top1: float
+    recall_at_1: float
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def restrict_onednn(unrestricted: bool = False) -> str:
+    """Holds oneDNN at AVX512-VNNI where the CPU has AMX or AVX512-BF16, so that all contenders use one class of instructions.
+
+    Call it before torch is imported; returns what was done, for people. A value the caller has set stays.
+    """
+    wider = [flag for flag in WIDER_FLAGS if flag in _cpuinfo("flags").split()]
+    given = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    if given is not None:
+        return f"oneDNN: ONEDNN_MAX_CPU_ISA={given} was given"
+    if not wider:
+        return "oneDNN: its own choice; this CPU has neither AMX nor AVX512-BF16"
+    if unrestricted:
+        return f"oneDNN: unrestricted, may use {', '.join(wider)}"
+    if "torch" in sys.modules:
+        raise RuntimeError("restrict_onednn: torch is already imported; call this before, or set ONEDNN_MAX_CPU_ISA outside")
+    os.environ["ONEDNN_MAX_CPU_ISA"] = ISA_CAP
+    return f"oneDNN: held at {ISA_CAP} (this CPU also has {', '.join(wider)}; --unrestricted lifts it)"
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch.set_num_threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_speed(
+    models: dict[str, nn.Module],
+    batch: int,
+    tokens: int,
+    rounds: int,
+    threads: int,
+    on_round: Callable[[], None] | None = None,
+    slice_s: float = SLICE_S,
+) -> dict[str, tuple[float, float]]:
+    """name -> (min, median) over the rounds of the seconds of one call: `batch` sentences of `tokens` real tokens to embeddings.
+
+    The models take turns of about slice_s seconds; who begins changes with each round. on_round is called outside the timed parts.
+    """
+    import torch
+    from minilm_model import sentence_embedding, token_rows
+
+    ids = token_rows(batch, tokens)
+    mask = torch.ones_like(ids)
+
+    def turn(model: nn.Module, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            sentence_embedding(model, ids, mask)
+        return (time.perf_counter() - start) / calls
+
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with torch_threads(threads), torch.inference_mode():
+        calls = {}
+        for name in names:
+            turn(models[name], WARMUP)
+            calls[name] = max(1, round(slice_s / turn(models[name], 1)))
+        for i in range(rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                seconds[name].append(turn(models[name], calls[name]))
+            if on_round:
+                on_round()
+    return {name: (min(times), statistics.median(times)) for name, times in seconds.items()}
+
+
+def torch_quantized(model: nn.Module, engine: str, per_channel: bool = False) -> nn.Module:
+    """A copy of model under torch.ao.quantization.quantize_dynamic with that engine's packed weights."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization as a whole
+        warnings.simplefilter("ignore", UserWarning)  # the quantized dtypes under it
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+        torch.backends.quantized.engine = engine
+        spec: Any = {torch.nn.Linear: per_channel_dynamic_qconfig} if per_channel else {torch.nn.Linear}
+        return quantize_dynamic(copy.deepcopy(model), spec, dtype=torch.qint8)
+
+
+def torch_engines() -> list[str]:
+    """The engines worth a try: all that this torch supports, but not qnnpack on x86, where it is an Arm library at half of fp32's speed."""
+    import torch
+
+    left_out = {"none", "qnnpack"} if platform.machine() in ("x86_64", "AMD64") else {"none"}
+    return [engine for engine in torch.backends.quantized.supported_engines if engine not in left_out]
+
+
+def best_torch_engine(model: nn.Module, threads: int) -> tuple[str, dict[str, float]]:
+    """(engine, seconds of each: geometric mean over SHAPES of the best of a few calls)."""
+    models = {engine: torch_quantized(model, engine) for engine in torch_engines()}
+    runs = [measure_speed(models, batch, tokens, rounds=4, threads=threads, slice_s=0.05) for batch, tokens in SHAPES]
+    seconds = {engine: math.exp(statistics.fmean(math.log(run[engine][0]) for run in runs)) for engine in models}
+    return min(seconds, key=seconds.__getitem__), seconds
+
+
+def tersor_quantized(model: nn.Module) -> nn.Module:
+    """A copy of model with every nn.Linear in Tersor's Int8Dynamic."""
+    import tersor
+
+    return tersor.quantize_(copy.deepcopy(model), tersor.Int8Dynamic())
+
+
+def tersor_variant() -> str:
+    """The instruction set that serves the int8 kernel."""
+    import tersor
+
+    return tersor.info().kernels.get("gemm_w8", "none: plain torch reference, slow")
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, and of what a state_dict holds in other shapes (torch's packed weights, with their scales)."""
+    import torch
+
+    def size(value: Any) -> int:
+        if isinstance(value, (tuple, list)):
+            return sum(map(size, value))
+        if not isinstance(value, torch.Tensor):
+            return 0
+        total = value.numel() * value.element_size()
+        if value.is_quantized:
+            per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+            total += 16 * (value.q_per_channel_scales().numel() if per_channel else 1)  # a double and an int64
+        return total
+
+    plain: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    packed = [value for name, value in model.state_dict().items() if name not in plain]
+    return sum(map(size, plain.values())) + sum(map(size, packed))
+
+
+def accuracy(got: Embeddings, reference: Embeddings) -> Accuracy:
+    """Compares embeddings of one contender with those of fp32; both rank all documents for every query."""
+    import torch
+
+    cosine = torch.cat([(g.double() * r.double()).sum(1) for g, r in zip(got, reference, strict=True)])
+    best = (got.queries @ got.documents.T).argmax(1)
+    same = best == (reference.queries @ reference.documents.T).argmax(1)
+    found = best == torch.arange(len(best))
+    return Accuracy(cosine.mean().item(), cosine.min().item(), same.double().mean().item(), found.double().mean().item())
+
+
+def speed_table(speed: dict[str, dict[str, tuple[float, float]]], threads: int, rounds: int) -> Table:
+    plural = "" if threads == 1 else "s"
+    spread = max(median / best for run in speed.values() for best, median in run.values())
+    table = Table(
+        title=f"Whole model, sentences/s, {threads} thread{plural}",
+        caption=f"median of {rounds} interleaved rounds; a median is at most {100 * (spread - 1):.0f} % above the best round",
+    )
+    table.add_column("")
+    for shape in speed:
+        table.add_column(shape, justify="right")
+    for name in next(iter(speed.values())):
+        cells = []
+        for shape, run in speed.items():
+            median, fp32 = run[name][1], run[FP32][1]
+            cells.append(f"{int(shape.split()[0]) / median:7.1f}  {fp32 / median:.2f}x")
+        table.add_row(name, *cells, style="bold" if name == TERSOR else "")
+    return table
+
+
+def accuracy_table(rows: dict[str, Accuracy], sizes: dict[str, int], pairs: int) -> Table:
+    table = Table(title=f"Size, and embeddings of {pairs} queries and {pairs} documents against fp32")
+    for column in ("", "MB", "mean cosine", "worst", "same top-1", "R@1"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in rows.items():
+        size = f"{sizes[name] / 1e6:.1f}" if name in sizes else "-"
+        cells = f"{row.mean_cosine:.5f}", f"{row.worst_cosine:.4f}", f"{100 * row.same_top1:.1f} %", f"{row.recall_at_1:.3f}"
+        table.add_row(name, size, *cells, style="bold" if name == TERSOR else "")
+    return table
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the timed calls; accuracy is computed on all cores.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=25, help="Timed rounds for each shape; every contender has a turn in each."
+)
+@click.option(
+    "--limit", type=click.IntRange(2), default=None, help="Use only the first LIMIT documents for accuracy.", show_default="all 341"
+)
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every figure to this file as JSON."
+)
+@click.option("--simulate", is_flag=True, help="Add the same int8 format simulated in float64 by plain torch: accuracy only.")
+@click.option("--per-channel", is_flag=True, help="Add quantize_dynamic with per-channel weights (per_channel_dynamic_qconfig).")
+@click.option("--unrestricted", is_flag=True, help=f"Do not hold oneDNN at {ISA_CAP} where the CPU has AMX or AVX512-BF16.")
+def main(
+    threads: int, rounds: int, limit: int | None, json_path: Path | None, simulate: bool, per_channel: bool, unrestricted: bool
+) -> None:
+    """Compare fp32, torch's quantize_dynamic and Tersor Int8Dynamic on all-MiniLM-L6-v2.
+
+    Whole-model speed at batch 1 and 8 of 128 tokens and at 1 x 16, size in memory, and the embeddings of news documents. About a minute.
+    """
+    onednn = restrict_onednn(unrestricted)
+    try:
+        import torch
+
+        import tersor  # noqa: F401
+        from minilm_model import MissingData, evaluate, load_model, load_texts, simulate_int8_
+    except ImportError as error:
+        raise click.ClickException(f"{error}; install this repository first: make dev") from None
+
+    try:
+        texts, fp32 = load_texts(limit), load_model()
+    except MissingData as error:
+        raise click.ClickException(str(error)) from None
+
+    console = Console()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    console.print(f"{cpu_name()}, {cores} cores; torch {torch.__version__}, threads: {threads}; Tersor kernels: {tersor_variant()}")
+    console.print(onednn)
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    # No refresh from a second thread: it would run inside the timed calls.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        evaluated = 3 + per_channel + simulate
+        task = progress.add_task("", total=1 + len(SHAPES) * rounds + evaluated)
+
+        def step(description: str, advance: int = 1) -> None:
+            progress.update(task, description=description, advance=advance, refresh=True)
+
+        step("choosing torch's engine", 0)
+        engine, engine_seconds = best_torch_engine(fp32, threads)
+        step("quantising")
+        models = {FP32: fp32, TORCH: torch_quantized(fp32, engine)}
+        if per_channel:
+            models[TORCH_CHANNEL] = torch_quantized(fp32, engine, per_channel=True)
+        models[TERSOR] = tersor_quantized(fp32)
+        sizes = {name: model_bytes(model) for name, model in models.items()}
+
+        speed = {}
+        for batch, tokens in SHAPES:
+            shape = f"{batch} x {tokens} tokens"
+            step(shape, 0)
+            speed[shape] = measure_speed(models, batch, tokens, rounds, threads, on_round=lambda shape=shape: step(shape))
+
+        if simulate:
+            models[SIMULATION] = simulate_int8_(copy.deepcopy(fp32))
+        scores: dict[str, Accuracy] = {}
+        with torch_threads(cores):
+            for name, model in models.items():
+                step(f"embedding: {name}", 0)
+                embeddings = evaluate(model, texts)
+                if name == FP32:
+                    reference = embeddings
+                scores[name] = accuracy(embeddings, reference)
+                step(f"embedding: {name}")
+
+    others = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in engine_seconds.items())
+    console.print(
+        f"quantize_dynamic runs on {engine}, the fastest of its engines here (geometric mean of the three shapes, ms: {others})\n"
+    )
+    console.print(speed_table(speed, threads, rounds))
+    console.print(accuracy_table(scores, sizes, len(texts.queries)))
+    if simulate:
+        difference = scores[TERSOR].mean_cosine - scores[SIMULATION].mean_cosine
+        verdict = "within" if abs(difference) <= SIMULATION_BOUND else "NOT within"
+        console.print(f"Tersor's mean cosine minus the simulation's: {difference:+.6f}, {verdict} {SIMULATION_BOUND}")
+
+    if json_path:
+        result = {
+            "cpu": cpu_name(),
+            "torch": torch.__version__,
+            "tersor": {"version": tersor.__version__, "variant": tersor_variant()},
+            "onednn": onednn,
+            "threads": threads,
+            "rounds": rounds,
+            "pairs": len(texts.queries),
+            "engine": engine,
+            "engine_s": engine_seconds,
+            "speed_s": {
+                shape: {name: {"min": best, "median": median} for name, (best, median) in run.items()}
+                for shape, run in speed.items()
+            },
+            "bytes": {name: size for name, size in sizes.items()},
+            "accuracy": {name: row._asdict() for name, row in scores.items()},
+        }
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """A real sentence encoder, three ways: float32, torch's quantize_dynamic, and Tersor Int8Dynamic, in one process.
 
 Speed of the whole model, bytes it holds, and how far its embeddings move; see minilm_model.py for the model and the texts.
-torch is imported late: ONEDNN_MAX_CPU_ISA is read once.
+torch is imported inside functions: restrict_onednn() must come first, also in scripts that import this one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,13 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from minilm_model import Embeddings
+    from minilm_model import Embeddings, Texts
     from torch import Tensor, nn
 
 SHAPES = ((1, 128), (8, 128), (1, 16))  # batch, tokens
-SLICE_S = (
-    0.08  # a contender's turn in a round: long against the clock and a scheduler tick, short against a change of the CPU's clock
-)
+SLICE_S = 0.08  # a contender's turn in a round: long against a scheduler tick, short against a change of the CPU's frequency
 WARMUP = 3  # oneDNN and the allocator settle in the first two calls of a shape
 SIMULATION_BOUND = 0.0005  # how far Tersor's mean cosine may lie from the simulation's
 ISA_CAP = "AVX512_CORE_VNNI"
@@ -40,13 +39,13 @@ WIDER_FLAGS = ("amx_int8", "amx_bf16", "avx512_bf16")
 
 FP32 = "fp32"
 TORCH = "torch quantize_dynamic"
-TORCH_CHANNEL = "quantize_dynamic, per channel"
+TORCH_CHANNEL = "torch, per channel"
 TERSOR = "Tersor Int8Dynamic"
 SIMULATION = "simulation (torch)"
 
 
 class Accuracy(NamedTuple):
-    """Against the fp32 embeddings: cosine over all queries and documents, share of queries with the same best document, share found."""
+    """Against fp32: cosine over queries and documents, share of queries with the same best document, share with the right one."""
 
     mean_cosine: float
     worst_cosine: float
@@ -64,6 +63,10 @@ def _cpuinfo(key: str) -> str:
 
 def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def restrict_onednn(unrestricted: bool = False) -> str:
@@ -153,7 +156,7 @@ def torch_quantized(model: nn.Module, engine: str, per_channel: bool = False) ->
 
 
 def torch_engines() -> list[str]:
-    """The engines worth a try: all that this torch supports, but not qnnpack on x86, where it is an Arm library at half of fp32's speed."""
+    """The engines worth a try: all that this torch supports, but not qnnpack on x86: made for Arm, it is slower than fp32 there."""
     import torch
 
     left_out = {"none", "qnnpack"} if platform.machine() in ("x86_64", "AMD64") else {"none"}
@@ -183,7 +186,7 @@ def tersor_variant() -> str:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, and of what a state_dict holds in other shapes (torch's packed weights, with their scales)."""
+    """Bytes of parameters and buffers, and of what else the state_dict holds (torch's packed weights and scales, small tags)."""
     import torch
 
     def size(value: Any) -> int:
@@ -218,7 +221,7 @@ def speed_table(speed: dict[str, dict[str, tuple[float, float]]], threads: int, 
     spread = max(median / best for run in speed.values() for best, median in run.values())
     table = Table(
         title=f"Whole model, sentences/s, {threads} thread{plural}",
-        caption=f"median of {rounds} interleaved rounds; a median is at most {100 * (spread - 1):.0f} % above the best round",
+        caption=f"median of {rounds} interleaved rounds; medians are within {100 * (spread - 1):.0f} % of the best",
     )
     table.add_column("")
     for shape in speed:
@@ -243,18 +246,102 @@ def accuracy_table(rows: dict[str, Accuracy], sizes: dict[str, int], pairs: int)
     return table
 
 
+class Report(NamedTuple):
+    """All figures of a run; speed is shape -> contender -> (min, median) seconds of one call."""
+
+    facts: dict[str, Any]
+    engine_s: dict[str, float]
+    speed: dict[str, dict[str, tuple[float, float]]]
+    sizes: dict[str, int]
+    scores: dict[str, Accuracy]
+
+    def to_json(self) -> str:
+        speed = {
+            shape: {name: {"min": best, "median": median} for name, (best, median) in run.items()}
+            for shape, run in self.speed.items()
+        }
+        accuracies = {name: row._asdict() for name, row in self.scores.items()}
+        figures = {"engine_s": self.engine_s, "speed_s": speed, "bytes": self.sizes, "accuracy": accuracies}
+        return json.dumps({**self.facts, **figures}, indent=2) + "\n"
+
+
+def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool, per_channel: bool, progress: Progress) -> Report:
+    """Quantises, times, embeds; every stage advances the one task of the progress bar."""
+    import torch
+    from minilm_model import evaluate, simulate_int8_
+
+    import tersor
+
+    task = progress.add_task("", total=1 + len(SHAPES) * rounds + 3 + per_channel + simulate)
+
+    def step(description: str, advance: int = 1) -> None:
+        progress.update(task, description=description, advance=advance, refresh=True)
+
+    step("choosing torch's engine", 0)
+    engine, engine_s = best_torch_engine(fp32, threads)
+    step("quantising")
+    models = {FP32: fp32, TORCH: torch_quantized(fp32, engine)}
+    if per_channel:
+        models[TORCH_CHANNEL] = torch_quantized(fp32, engine, per_channel=True)
+    models[TERSOR] = tersor_quantized(fp32)
+    sizes = {name: model_bytes(model) for name, model in models.items()}
+
+    speed = {}
+    for batch, tokens in SHAPES:
+        shape = f"{batch} x {tokens} tokens"
+        step(shape, 0)
+        speed[shape] = measure_speed(models, batch, tokens, rounds, threads, on_round=partial(step, shape))
+
+    if simulate:
+        models[SIMULATION] = simulate_int8_(copy.deepcopy(fp32))
+    scores: dict[str, Accuracy] = {}
+    with torch_threads(available_cores()):
+        for name, model in models.items():
+            step(f"embedding: {name}", 0)
+            embeddings = evaluate(model, texts)
+            if name == FP32:
+                reference = embeddings
+            scores[name] = accuracy(embeddings, reference)
+            step(f"embedding: {name}")
+
+    facts = {
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "tersor": tersor.__version__,
+        "tersor_variant": tersor_variant(),
+        "threads": threads,
+        "rounds": rounds,
+        "pairs": len(texts.queries),
+        "engine": engine,
+    }
+    return Report(facts, engine_s, speed, sizes, scores)
+
+
+def print_report(report: Report, console: Console) -> None:
+    facts, scores = report.facts, report.scores
+    console.print(speed_table(report.speed, facts["threads"], facts["rounds"]))
+    console.print(accuracy_table(scores, report.sizes, facts["pairs"]))
+    engines = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in report.engine_s.items())
+    console.print(
+        f"quantize_dynamic ran on {facts['engine']}, its fastest engine here (geometric mean of the shapes, ms: {engines})",
+        soft_wrap=True,
+    )
+    if SIMULATION in scores:
+        difference = scores[TERSOR].mean_cosine - scores[SIMULATION].mean_cosine
+        verdict = "within" if abs(difference) <= SIMULATION_BOUND else "NOT within"
+        console.print(f"Tersor's mean cosine minus the simulation's: {difference:+.6f}, {verdict} {SIMULATION_BOUND}")
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the timed calls; accuracy is computed on all cores.")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=25, help="Timed rounds for each shape; every contender has a turn in each."
+    "--rounds", type=click.IntRange(1), default=25, help="Timed rounds for each shape; all contenders take turns in each."
 )
+@click.option("--limit", type=click.IntRange(2), show_default="all 341", help="Documents used for accuracy: the first LIMIT.")
 @click.option(
-    "--limit", type=click.IntRange(2), default=None, help="Use only the first LIMIT documents for accuracy.", show_default="all 341"
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT", help="Write all figures to OUT."
 )
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every figure to this file as JSON."
-)
-@click.option("--simulate", is_flag=True, help="Add the same int8 format simulated in float64 by plain torch: accuracy only.")
+@click.option("--simulate", is_flag=True, help="Add the same int8 format simulated by plain torch in float64: accuracy only.")
 @click.option("--per-channel", is_flag=True, help="Add quantize_dynamic with per-channel weights (per_channel_dynamic_qconfig).")
 @click.option("--unrestricted", is_flag=True, help=f"Do not hold oneDNN at {ISA_CAP} where the CPU has AMX or AVX512-BF16.")
 def main(
@@ -262,93 +349,32 @@ def main(
 ) -> None:
     """Compare fp32, torch's quantize_dynamic and Tersor Int8Dynamic on all-MiniLM-L6-v2.
 
-    Whole-model speed at batch 1 and 8 of 128 tokens and at 1 x 16, size in memory, and the embeddings of news documents. About a minute.
+    Whole-model speed at 1 x 128, 8 x 128 and 1 x 16 (batch x tokens), size in memory, and how well the embeddings of news
+    documents keep their direction and find each other. About a minute.
     """
     onednn = restrict_onednn(unrestricted)
     try:
         import torch
+        from minilm_model import MissingData, load_model, load_texts
 
-        import tersor  # noqa: F401
-        from minilm_model import MissingData, evaluate, load_model, load_texts, simulate_int8_
-    except ImportError as error:
-        raise click.ClickException(f"{error}; install this repository first: make dev") from None
-
-    try:
+        variant = tersor_variant()
         texts, fp32 = load_texts(limit), load_model()
+    except ImportError as error:
+        raise click.ClickException(f"{error}; `make dev` installs this repository and what its benches need") from None
     except MissingData as error:
         raise click.ClickException(str(error)) from None
 
     console = Console()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    console.print(f"{cpu_name()}, {cores} cores; torch {torch.__version__}, threads: {threads}; Tersor kernels: {tersor_variant()}")
-    console.print(onednn)
-
+    versions = f"torch {torch.__version__}, threads: {threads}, Tersor kernels: {variant}"
+    console.print(f"{cpu_name()}, {available_cores()} cores; {versions}\n{onednn}", soft_wrap=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     # No refresh from a second thread: it would run inside the timed calls.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
-        evaluated = 3 + per_channel + simulate
-        task = progress.add_task("", total=1 + len(SHAPES) * rounds + evaluated)
-
-        def step(description: str, advance: int = 1) -> None:
-            progress.update(task, description=description, advance=advance, refresh=True)
-
-        step("choosing torch's engine", 0)
-        engine, engine_seconds = best_torch_engine(fp32, threads)
-        step("quantising")
-        models = {FP32: fp32, TORCH: torch_quantized(fp32, engine)}
-        if per_channel:
-            models[TORCH_CHANNEL] = torch_quantized(fp32, engine, per_channel=True)
-        models[TERSOR] = tersor_quantized(fp32)
-        sizes = {name: model_bytes(model) for name, model in models.items()}
-
-        speed = {}
-        for batch, tokens in SHAPES:
-            shape = f"{batch} x {tokens} tokens"
-            step(shape, 0)
-            speed[shape] = measure_speed(models, batch, tokens, rounds, threads, on_round=lambda shape=shape: step(shape))
-
-        if simulate:
-            models[SIMULATION] = simulate_int8_(copy.deepcopy(fp32))
-        scores: dict[str, Accuracy] = {}
-        with torch_threads(cores):
-            for name, model in models.items():
-                step(f"embedding: {name}", 0)
-                embeddings = evaluate(model, texts)
-                if name == FP32:
-                    reference = embeddings
-                scores[name] = accuracy(embeddings, reference)
-                step(f"embedding: {name}")
-
-    others = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in engine_seconds.items())
-    console.print(
-        f"quantize_dynamic runs on {engine}, the fastest of its engines here (geometric mean of the three shapes, ms: {others})\n"
-    )
-    console.print(speed_table(speed, threads, rounds))
-    console.print(accuracy_table(scores, sizes, len(texts.queries)))
-    if simulate:
-        difference = scores[TERSOR].mean_cosine - scores[SIMULATION].mean_cosine
-        verdict = "within" if abs(difference) <= SIMULATION_BOUND else "NOT within"
-        console.print(f"Tersor's mean cosine minus the simulation's: {difference:+.6f}, {verdict} {SIMULATION_BOUND}")
-
+        report = run(fp32, texts, threads, rounds, simulate, per_channel, progress)
+    report.facts["onednn"] = onednn
+    print_report(report, console)
     if json_path:
-        result = {
-            "cpu": cpu_name(),
-            "torch": torch.__version__,
-            "tersor": {"version": tersor.__version__, "variant": tersor_variant()},
-            "onednn": onednn,
-            "threads": threads,
-            "rounds": rounds,
-            "pairs": len(texts.queries),
-            "engine": engine,
-            "engine_s": engine_seconds,
-            "speed_s": {
-                shape: {name: {"min": best, "median": median} for name, (best, median) in run.items()}
-                for shape, run in speed.items()
-            },
-            "bytes": {name: size for name, size in sizes.items()},
-            "accuracy": {name: row._asdict() for name, row in scores.items()},
-        }
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        json_path.write_text(report.to_json())
 
 
 if __name__ == "__main__":

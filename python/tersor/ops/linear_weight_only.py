@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._register import op
-from .checks import check_device, check_weights, check_x
+from .checks import as_rows, check_device, check_weights, check_x
 from .epilogues import EPILOGUES
 from .tiles import TILE_N, to_rows
 
@@ -36,7 +36,7 @@ def linear_weight_only(
     """
     _check(x, weight_packed, weight_scale, bias, epilogue)
     n, k = weight_scale.shape[0], x.shape[-1]
-    xf = x.reshape(-1, k).float()
+    xf = as_rows(x).float()
     y = torch.empty((xf.shape[0], n), dtype=torch.float32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for t in range(0, weight_packed.shape[0], _BLOCK_TILES):

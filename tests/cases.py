@@ -1,0 +1,109 @@
+"""Shapes, values and comparisons shared by the tests. One oracle per op: its reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import tersor.ops as ops
+
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer and its input. `values`: normal, extreme (every product as large as it gets), one_hot, or zeros."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.float32
+    values: str = "normal"
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}-{str(self.dtype).removeprefix('torch.')}-{self.values}"
+
+    def make(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x, weight_packed, weight_scale, bias)"""
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.m, self.k, generator=g)
+        w = torch.randint(-127, 128, (self.n, self.k), generator=g, dtype=torch.int8)
+        if self.values == "extreme":
+            w = torch.where(torch.rand(self.n, 1, generator=g) < 0.5, 127, -128).to(torch.int8).expand(self.n, self.k)
+            x = torch.where(torch.rand(self.m, 1, generator=g) < 0.5, 1.0, -1.0).expand(self.m, self.k)
+        elif self.values == "one_hot":
+            x = torch.zeros(self.m, self.k)
+            x[torch.arange(self.m), torch.arange(self.m) % self.k] = 3.0
+        elif self.values == "zeros":
+            x = torch.zeros(self.m, self.k)
+        scale = torch.rand(self.n, generator=g) * 0.02 + 0.001
+        bias = torch.randn(self.n, generator=g)
+        return x.to(self.dtype), ops.from_rows(w.contiguous()), scale, bias.to(self.dtype)
+
+
+def _cases() -> Iterator[Case]:
+    # 1, tile - 1, tile, tile + 1, primes; every M up to the tallest register block and beyond
+    for m in (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 33, 65):
+        yield Case(m, 48, 64)
+    for n in (1, 15, 16, 17, 31, 53, 64, 100):
+        yield Case(5, n, 67)
+        yield Case(1, n, 33)
+    for k in (1, 2, 3, 4, 5, 31, 63, 127, 1023):
+        yield Case(3, 37, k)
+        yield Case(9, 20, k)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield Case(1, 33, 130, dtype)
+        yield Case(11, 50, 129, dtype)
+    for values in ("extreme", "one_hot", "zeros"):
+        yield Case(1, 40, 259, values=values)
+        yield Case(10, 40, 259, values=values)
+    yield Case(130, 384, 1536)  # a feed-forward layer of MiniLM
+    yield Case(64, 1000, 384, torch.bfloat16)
+
+
+CASES = list(_cases())
+LARGE_K = [Case(2, 17, 66312, values="extreme"), Case(3, 16, 132104, values="extreme"), Case(2, 5, 132103)]
+
+
+def assert_equal(got: Tensor, want: Tensor) -> None:
+    """Every bit; NaN equals NaN."""
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    if not torch.equal(got, want):
+        differ = ~((got == want) | ((got != got) & (want != want)))
+        assert not differ.any(), f"{int(differ.sum())} of {got.numel()} differ, first at {differ.nonzero()[0].tolist()}"
+
+
+def assert_within(got: Tensor, want: Tensor, bound: Tensor | float) -> None:
+    """|got - want| <= bound element by element; the caller derives the bound."""
+    error = (got.double() - want.double()).abs()
+    worst = (error - bound).max().item() if error.numel() else -1.0
+    assert worst <= 0, f"error exceeds its bound by {worst:.3g}; largest error {error.max().item():.3g}"
+
+
+def epilogue_bound(case: Case, before: Tensor, epilogue: str) -> Tensor:
+    """How far a float32 epilogue, native or torch's own, may lie from the exact function of its float32 input `before`.
+
+    none, relu: not at all.
+    gelu: Abramowitz & Stegun 7.1.26 errs by 1.5e-7 in erfc, halved and times |x| <= 12 where it matters; h = poly * exp carries
+    about 16 roundings, and max(x, 0) - |x| h one more: |x| (0.75e-7 + 16 eps h) + eps |x|, taken with h <= 1/2.
+    gelu_tanh, silu: x / (1 + exp(-u)): exp errs by 2 ulp + |u| eps (its argument is rounded), the rest by 4 roundings:
+    |y| (8 + 2 |u|) eps. torch computes (1 + tanh) instead, whose cancellation costs |x| 2 eps.
+    The store rounds once more in the output dtype (float16 below 2^-14: to a multiple of 2^-24).
+    """
+    eps = EPS[torch.float32]
+    x = before.double().abs()
+    y = ops.EPILOGUES[epilogue](before.double()).abs()
+    if epilogue in ("none", "relu"):
+        bound = torch.zeros_like(y)
+    elif epilogue == "gelu":
+        bound = x.clamp(max=12) * (0.75e-7 + 8 * eps) + 2 * eps * x
+    else:
+        u = 2 * 0.798 * (x + 0.0447 * x**3) if epilogue == "gelu_tanh" else x
+        bound = y * (8 + 2 * u.clamp(max=88)) * eps + 2 * eps * x.clamp(max=12)
+    if case.dtype != torch.float32:
+        bound = bound + EPS[case.dtype] * (y + bound) + (2.0**-25 if case.dtype == torch.float16 else 0)
+    return bound

@@ -1,0 +1,193 @@
+"""The ops as torch sees them: registration, compile, gradients, autocast, and messages for bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import tersor.ops as ops
+from cases import Case, assert_equal, assert_within
+
+
+@pytest.fixture
+def layer():
+    return Case(5, 37, 70).make()
+
+
+def arguments(name: str, layer) -> tuple:
+    x, tiles, scale, bias = layer
+    q, x_scale, row_sum = ops.quantize_rows(x)
+    if name == "quantize_rows":
+        return (x,)
+    if name == "linear_acc":
+        return (q, row_sum, tiles, 37)
+    if name == "linear_s8":
+        return (q, x_scale, row_sum, tiles, scale, bias, "gelu", torch.bfloat16)
+    if name == "input_grad":
+        return (torch.randn(5, 37), tiles, scale, 70)
+    if name.endswith("_differentiable"):
+        return (x.requires_grad_(), tiles, scale, bias.requires_grad_(), "silu")
+    return (x, tiles, scale, bias, "relu")
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_opcheck(name: str, layer):
+    # every op of the list: a new one without arguments here fails
+    opcheck(ops.OPS[name].raw, arguments(name, layer))
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_reference_under_autocast(name: str, layer):
+    op = ops.OPS[name]
+    if name.endswith("_differentiable"):
+        pytest.skip("calls the raw op, which has its own case")
+    args = arguments(name, layer)
+    want = op.reference(*args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = op.reference(*args)
+    for g, w in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, want)), strict=True):
+        assert_equal(g, w)
+
+
+@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only"])
+def test_output_has_the_autocast_dtype(name: str, layer):
+    x, tiles, scale, bias = layer
+    op = ops.OPS[name]
+    want = op(x, tiles, scale, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op(x, tiles, scale, bias)
+        z = op(x.requires_grad_(), tiles, scale, bias)
+        compiled = torch.compile(lambda x: op(x, tiles, scale, bias), fullgraph=True, backend="aot_eager")(x.detach())
+    assert_equal(y, want.to(torch.bfloat16))  # x was read as it is
+    assert_equal(z.detach(), y)
+    assert_equal(compiled, y)
+    z.float().sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("epilogue", ops.EPILOGUES)
+@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only"])
+def test_gradients(name: str, epilogue: str):
+    """The straight-through gradient: that of the float layer with the stored weights, at the quantised layer's pre-activation."""
+    x, tiles, scale, bias = Case(6, 21, 40).make()
+    x.requires_grad_()
+    bias.requires_grad_()
+    y = ops.OPS[name](x, tiles, scale, bias, epilogue)
+    assert_equal(y.detach(), ops.OPS[name](x.detach(), tiles, scale, bias.detach(), epilogue))
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, bias), grad)
+
+    w = ops.to_rows(tiles, 21, 40).float() * scale.unsqueeze(1)
+    x2, bias2 = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    linear = x2 @ w.t() + bias2
+    before = ops.OPS[name](x.detach(), tiles, scale, bias.detach())
+    shifted = linear + (before - linear).detach()  # the value of the quantised layer, the slope of the float one
+    want = torch.autograd.grad(ops.EPILOGUES[epilogue](shifted), (x2, bias2), grad)
+    for g, r in zip(got, want, strict=True):
+        # 40 products of float32 in a different order
+        assert_within(g, r, 1e-5 * r.abs().max().item())
+
+
+def test_gradient_only_where_asked(layer):
+    x, tiles, scale, bias = layer
+    bias.requires_grad_()
+    ops.linear_dynamic(x, tiles, scale, bias).sum().backward()
+    assert x.grad is None
+    assert_equal(bias.grad, torch.full((37,), 5.0))
+    with torch.no_grad():
+        assert not ops.linear_dynamic(x, tiles, scale, bias).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_without_graph_break(backend: str, layer):
+    x, tiles, scale, bias = layer
+
+    def f(x, bias):
+        return torch.relu(ops.linear_dynamic(x * 2, tiles, scale, bias)) + ops.linear_weight_only(
+            x, tiles, scale, None
+        )
+
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    assert_equal(compiled(x, bias), f(x, bias))
+    x.requires_grad_()
+    compiled(x, bias).sum().backward()
+    got = x.grad.clone()
+    x.grad = None
+    f(x, bias).sum().backward()
+    assert_within(got, x.grad, 1e-5 * got.abs().max().item())
+
+
+def bad_inputs():
+    x, tiles, scale, bias = Case(3, 20, 24).make()
+    q, x_scale, row_sum = ops.quantize_rows.reference(x)
+    yield "linear_dynamic", (x.long(), tiles, scale, bias), TypeError, "x is torch.int64, expected float32, bfloat16 or float16"
+    yield "linear_dynamic", (x.to(torch.complex64), tiles, scale, bias), TypeError, "x is torch.complex64"
+    yield "linear_dynamic", (x.to_sparse(), tiles, scale, bias), TypeError, r"torch.sparse_coo, expected a dense tensor; call .to_dense"
+    yield "linear_dynamic", (torch.tensor(1.0), tiles, scale, bias), ValueError, "x is 0-dimensional"
+    yield "linear_dynamic", (x[:, :20], tiles, scale, bias), ValueError, r"x has K=20, but weight_packed \[2, 6, 64\] holds K in \[21, 24\]"
+    yield "linear_dynamic", (x, tiles[:1], scale, bias), ValueError, r"weight_packed is \[1, 6, 64\], expected \[2, 6, 64\] for N=20"
+    yield "linear_dynamic", (x, tiles.to(torch.int8), scale, bias), ValueError, "weight_packed is torch.int8, expected torch.uint8"
+    yield "linear_dynamic", (x, tiles, scale.half(), bias), ValueError, r"weight_scale is torch.float16 \[20\], expected float32 \[N\]"
+    yield "linear_dynamic", (x, tiles, scale, bias[:5]), ValueError, r"bias is torch.float32 \[5\], expected float \[20\]"
+    yield "linear_dynamic", (x, tiles, scale, bias, "swish"), ValueError, "epilogue is 'swish', expected one of: none, relu"
+    yield "linear_dynamic", (x.to("meta"), tiles, scale, bias), ValueError, "weight_packed is on cpu, x on meta"
+    yield "linear_dynamic", (torch.zeros(1, 132105), torch.zeros(2, 33027, 64, dtype=torch.uint8), scale, bias), ValueError, "above 132104"
+    yield "linear_weight_only", (x.double(), tiles, scale, bias), TypeError, "x is torch.float64"
+    yield "quantize_rows", (x, torch.ones(2)), ValueError, r"absmax is torch.float32 \[2\], expected torch.float32 \[3\]"
+    yield "linear_acc", (x, row_sum, tiles, 20), TypeError, "q is torch.float32, expected torch.int8; make it with quantize_rows"
+    yield "linear_acc", (q, row_sum[:2], tiles, 20), ValueError, r"row_sum is torch.int32 \[2\], expected torch.int32 \[3\]"
+    yield "linear_acc", (q, row_sum, tiles, 40), ValueError, r"expected \[3, 6, 64\] for N=40"
+    yield "linear_acc", (q, row_sum, tiles, -1), ValueError, "out_features is -1"
+    yield "linear_s8", (q, x_scale[:1], row_sum, tiles, scale, bias), ValueError, r"scale is torch.float32 \[1\]"
+    yield "linear_s8", (q, x_scale, row_sum, tiles, scale, bias, "none", torch.int32), TypeError, "out_dtype is torch.int32"
+    yield "input_grad", (torch.zeros(3, 19), tiles, scale, 24), ValueError, r"grad is torch.float32 \[3, 19\], expected float \[..., 20\]"
+
+
+@pytest.mark.parametrize(("name", "args", "error", "message"), list(bad_inputs()))
+def test_bad_input(name: str, args: tuple, error: type, message: str):
+    op = ops.OPS[name]
+    with pytest.raises(error, match=message):
+        op(*args)
+    with pytest.raises(error, match=message):
+        op.reference(*args)
+    # the raw op is the second line: any clear exception, never a crash
+    with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
+        op.raw(*args)
+
+
+def test_nested_x():
+    _, tiles, scale, bias = Case(3, 20, 24).make()
+    x = torch.nested.nested_tensor([torch.randn(2, 24), torch.randn(3, 24)])
+    with pytest.raises(TypeError, match="nested tensor, expected a dense one"):
+        ops.linear_dynamic(x, tiles, scale, bias)
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24), (24,), (2, 3, 4, 24)])
+def test_leading_dimensions(shape: tuple[int, ...]):
+    _, tiles, scale, bias = Case(1, 20, 24).make()
+    x = torch.randn(shape)
+    y = ops.linear_dynamic(x, tiles, scale, bias)
+    assert y.shape == (*shape[:-1], 20)
+    assert_equal(y, ops.linear_dynamic.reference(x, tiles, scale, bias))
+    assert ops.linear_weight_only(x, tiles, scale, bias).shape == y.shape
+
+
+def test_empty_k_and_n():
+    x = torch.zeros(3, 0)
+    tiles = torch.zeros(2, 0, 64, dtype=torch.uint8)
+    bias = torch.randn(20)
+    assert_equal(ops.linear_dynamic(x, tiles, torch.ones(20), bias), bias.expand(3, 20).contiguous())
+    assert_equal(ops.linear_weight_only(x, tiles, torch.ones(20), bias), bias.expand(3, 20).contiguous())
+    assert ops.linear_dynamic(torch.randn(3, 8), torch.zeros(0, 2, 64, dtype=torch.uint8), torch.zeros(0), None).shape == (3, 0)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("offset", [0, 1, 16, 32])
+def test_misaligned_weights(offset: int):
+    x, tiles, scale, bias = Case(9, 50, 100).make()
+    buffer = torch.zeros(tiles.numel() + offset, dtype=torch.uint8)
+    moved = buffer[offset:].view(tiles.shape)
+    moved.copy_(tiles)
+    assert_equal(ops.linear_dynamic(x, moved, scale, bias), ops.linear_dynamic(x, tiles, scale, bias))
+    assert_equal(ops.linear_weight_only(x, moved, scale, bias), ops.linear_weight_only(x, tiles, scale, bias))

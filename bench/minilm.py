@@ -295,7 +295,7 @@ def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool
     if simulate:
         models[SIMULATION] = simulate_int8_(copy.deepcopy(fp32))
     scores: dict[str, Accuracy] = {}
-    with torch_threads(available_cores()):
+    with torch_threads(threads):  # on all cores a busy neighbour would make every parallel region wait
         for name, model in models.items():
             step(f"embedding: {name}", 0)
             embeddings = evaluate(model, texts)
@@ -333,7 +333,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the timed calls; accuracy is computed on all cores.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of torch, timed or not.")
 @click.option(
     "--rounds", type=click.IntRange(1), default=25, help="Timed rounds for each shape; all contenders take turns in each."
 )
@@ -350,7 +350,7 @@ def main(
     """Compare fp32, torch's quantize_dynamic and Tersor Int8Dynamic on all-MiniLM-L6-v2.
 
     Whole-model speed at 1 x 128, 8 x 128 and 1 x 16 (batch x tokens), size in memory, and how well the embeddings of news
-    documents keep their direction and find each other. About a minute.
+    documents keep their direction and find each other. One to two minutes.
     """
     onednn = restrict_onednn(unrestricted)
     try:

@@ -79,7 +79,7 @@ def test_filter_fn():
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"block.0": Int8Dynamic()}, ValueError, r"keys match no nn.Linear: 'block.0'; the model has: head, blocks.0.0"),
+        ({"block.0": Int8Dynamic()}, ValueError, r"keys match no nn.Linear: 'block.0'; the model has: blocks.0.0"),
         ({"re:blocks": Int8Dynamic()}, ValueError, "keys match no nn.Linear: 're:blocks'"),  # fullmatch
         ({"re:(": Int8Dynamic()}, ValueError, "not a regular expression"),
         ({"head": "int8"}, TypeError, r"config\['head'\] is 'int8', expected a format"),

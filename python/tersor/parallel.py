@@ -287,7 +287,7 @@ class RowwiseParallel(_Style):
     use_local_output  y as a plain tensor, the local part, rather than a DTensor
 
     Int8Dynamic sends float32 [M] (absmax) and int32 [M, N] (sums); y equals that of one process bit for bit, and a NaN or inf on
-    one rank makes its row NaN on all. Int8WeightOnly sends float32 [M, N]; y is within the bound of class F. Backward sends nothing.
+    one rank makes its row NaN on all. Int8WeightOnly sends float32 [M, N]; y is within a bound (class F). Backward sends nothing.
     parallelize_module raises TypeError where the module is no QuantLinear, ValueError where its format cannot be split or
     in_features is no multiple of ranks x lcm(16, kt, group_size). Source: Shoeybi et al., arXiv:1909.08053, section 3.
     """

@@ -145,6 +145,15 @@ inline std::vector<Layout> layouts(int64_t M, int64_t K) {
           {"every second", 2 * K, 2}, {"expanded, spread", 0, 3}, {"reversed", -K, -1}, {"rows reversed", -(K + 1), 1}};
 }
 
+// A driver call on a thread of its own: the scratch of the drivers grows and stays, so that on a used thread a call that asks for
+// too little of it would find what an earlier one left, and ASan would see nothing.
+template <typename F>
+const char* on_fresh_thread(F f) {
+  const char* error = nullptr;
+  std::thread([&] { error = f(); }).join();
+  return error;
+}
+
 // Replaces the thread pool: pieces are handed out one by one to `count` threads, as a real pool would.
 class Threads {
  public:

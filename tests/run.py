@@ -1,0 +1,138 @@
+"""Runs the parts of the test suite one after the other and prints the seconds each took.
+
+    python tests/run.py            what every change must pass (make test)
+    python tests/run.py --full     also each instruction set in full, slow cases and long fuzzing (make test-full)
+    python tests/run.py --only cpp one part
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+BUILD = ROOT / "build"
+SLOW_FLAGS = {"TERSOR_SLOW": "1", "TERSOR_FUZZ_CASES": "100000"}
+
+
+def run(*command: object, **env: str) -> None:
+    """Runs a command in the repository's root with its output shown; raises CalledProcessError when it fails."""
+    words = [str(word) for word in command]
+    print("$", " ".join([f"{k}={v}" for k, v in env.items()] + [Path(words[0]).name, *words[1:]]), flush=True)
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(words, cwd=ROOT, env={**os.environ, "PATH": path, **env}, check=True)
+
+
+def pytest(*arguments: str, **env: str) -> None:
+    run(sys.executable, "-m", "pytest", *arguments, **env)
+
+
+def install(full: bool) -> None:
+    run(BIN / "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--force-reinstall", ".")
+
+
+def lint(full: bool) -> None:
+    run(BIN / "ruff", "check", "-q", ".")
+    run(BIN / "ruff", "format", "-q", "--check", ".")
+    files = subprocess.run(["git", "ls-files", "csrc/*", "tests/cpp/*"], cwd=ROOT, capture_output=True, text=True, check=True)
+    sources = [f for f in files.stdout.split() if f.endswith((".cpp", ".h", ".inl"))]
+    run(BIN / "clang-format", "--dry-run", "-Werror", *sources)
+    run(BIN / "mypy")
+
+
+def build_cpp(folder: Path, *options: str) -> None:
+    common = ("-DTERSOR_TORCH=OFF", "-DTERSOR_NUMPY=OFF", "-DTERSOR_CPP_TESTS=ON")
+    run(BIN / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "--log-level=WARNING", *common, *options)
+    run(BIN / "cmake", "--build", folder, "--", "--quiet")
+
+
+def cpp(full: bool) -> None:
+    """Kernel tests without torch, and what the variant objects may contain."""
+    folder = BUILD / "cpp"
+    build_cpp(folder)
+    run(folder / "kernel_tests", *(["--fuzz", "5000"] if full else []))
+    pytest("tests/test_symbols.py", TERSOR_CPP_BUILD=str(folder))
+
+
+def sanitizers(full: bool) -> None:
+    """The same kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    folder = BUILD / "cpp-sanitized"
+    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined")
+    run(folder / "kernel_tests", *(["--fuzz", "2000"] if full else []))
+
+
+def variants() -> list[str]:
+    code = "import tersor; print(*[name for name, runnable, _ in tersor.info().variants if runnable])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=BUILD, capture_output=True, text=True, check=True)
+    return out.stdout.split()
+
+
+def suite(full: bool) -> None:
+    """Everything, on the best instruction set of this CPU."""
+    pytest(**(SLOW_FLAGS if full else {}))
+
+
+def other_variants(full: bool) -> None:
+    """Exactness on the other instruction sets; the whole suite with --full."""
+    for name in variants()[1:]:
+        pytest(*([] if full else ["-m", "exact"]), TERSOR_ISA=name)
+
+
+def no_native(full: bool) -> None:
+    """The pure-Python package alone: every op on its reference."""
+    copy = BUILD / "pure"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT / "python" / "tersor", copy / "tersor", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    names = ["test_tiles.py", "test_ops.py", "test_nn.py", "test_swap.py", "test_package.py"]
+    pytest(*([] if full else [f"tests/{name}" for name in names]), PYTHONPATH=str(copy))
+
+
+PARTS: dict[str, Callable[[bool], None]] = {
+    "install": install,
+    "lint": lint,
+    "cpp": cpp,
+    "sanitizers": sanitizers,
+    "suite": suite,
+    "other_variants": other_variants,
+    "no_native": no_native,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the heavy parts too")
+    parser.add_argument("--only", choices=PARTS, help="run one part")
+    options = parser.parse_args()
+    BUILD.mkdir(exist_ok=True)
+    seconds: dict[str, float] = {}
+    failed = []
+    for name, part in PARTS.items():
+        if options.only not in (None, name):
+            continue
+        print(f"==== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            part(options.full)
+        except subprocess.CalledProcessError as error:
+            failed.append(name)
+            print(f"==== {name} FAILED with exit code {error.returncode}", flush=True)
+            if name == "install":
+                break
+        seconds[name] = time.monotonic() - start
+    print("==== seconds per part")
+    for name, taken in seconds.items():
+        print(f"{taken:8.1f}  {name}{'  FAILED' if name in failed else ''}")
+    print(f"{sum(seconds.values()):8.1f}  in all", flush=True)
+    print(f"parts: {len(seconds) - len(failed)} passed, {len(failed)} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

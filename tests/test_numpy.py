@@ -1,0 +1,96 @@
+"""tersor.numpy: the same bits as the torch ops, without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import tersor.numpy as tn
+import tersor.ops as ops
+from cases import CASES, Case
+
+pytestmark = pytest.mark.native
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype != torch.bfloat16][::2], ids=str)
+def test_same_bits_as_torch(case: Case):
+    x, tiles, scale, bias = case.make()
+    xn, tn_tiles, sn, bn = x.numpy(), tiles.numpy(), scale.numpy(), bias.float().numpy()
+    w = tn.unpack(tn_tiles, case.n, case.k)
+    assert np.array_equal(w, ops.to_rows(tiles, case.n, case.k).numpy())
+    assert np.array_equal(tn.pack(w), tn_tiles)
+    q, s, r = tn.quantize_rows(xn)
+    for got, want in zip((q, s, r), ops.quantize_rows(x), strict=True):
+        assert np.array_equal(got, want.numpy())
+    assert np.array_equal(
+        tn.linear_acc(q, r, tn_tiles, case.n), ops.linear_acc(*map(torch.from_numpy, (q, r)), tiles, case.n).numpy()
+    )
+    for epilogue in ops.EPILOGUES:
+        got = tn.linear_dynamic(xn, tn_tiles, sn, bn, epilogue)
+        assert np.array_equal(got, ops.linear_dynamic(x, tiles, scale, bias.float(), epilogue).numpy())
+        got = tn.linear_s8(q, s, r, tn_tiles, sn, bn, epilogue)
+        assert np.array_equal(got, ops.linear_s8(*map(torch.from_numpy, (q, s, r)), tiles, scale, bias.float(), epilogue).numpy())
+    torch.set_num_threads(1)  # float sums are in the same order where the split over threads is
+    assert np.array_equal(tn.linear_weight_only(xn, tn_tiles, sn, None), ops.linear_weight_only(x, tiles, scale, None).numpy())
+
+
+@pytest.mark.parametrize("layout", ["fortran", "strided", "reversed", "read_only", "misaligned"])
+def test_layouts(layout: str):
+    x, tiles, scale, _ = Case(7, 33, 50).make()
+    plain = x.numpy()
+    if layout == "fortran":
+        array = np.asfortranarray(plain)
+    elif layout == "strided":
+        array = np.zeros((14, 150), np.float32)[::2, ::3]
+        array[:] = plain
+    elif layout == "reversed":
+        array = plain[::-1, ::-1].copy()[::-1, ::-1]
+    elif layout == "read_only":
+        array = plain.copy()
+        array.flags.writeable = False
+    else:
+        raw = np.zeros(plain.nbytes + 1, np.uint8)
+        array = raw[1:].view(np.float32).reshape(plain.shape)
+        array[:] = plain
+    want = tn.linear_dynamic(plain, tiles.numpy(), scale.numpy())
+    assert np.array_equal(tn.linear_dynamic(array, tiles.numpy(), scale.numpy()), want)
+    q, _, r = tn.quantize_rows(array)
+    assert np.array_equal(tn.linear_acc(np.asfortranarray(q), r, tiles.numpy(), 33), tn.linear_acc(q, r, tiles.numpy(), 33))
+
+
+def test_weights_and_messages():
+    w = np.random.default_rng(0).standard_normal((20, 30)).astype(np.float32)
+    tiles, scale = tn.quantize_weight(w)
+    assert np.abs(tn.unpack(tiles, 20, 30) * scale[:, None] - w).max() <= scale.max() * 0.5001
+    x = np.zeros((2, 30), np.float32)
+    with pytest.raises(TypeError, match="linear_dynamic: x is float64, expected float32 or float16"):
+        tn.linear_dynamic(x.astype(np.float64), tiles, scale)
+    with pytest.raises(ValueError, match="x has 1 dimensions"):
+        tn.quantize_rows(x[0])
+    with pytest.raises(ValueError, match=r"weight_packed is uint8 \(1, 8, 64\), expected uint8 \(2, 8, 64\) for N=20, K=30"):
+        tn.linear_dynamic(x, tiles[:1], scale)
+    with pytest.raises(ValueError, match="epilogue is 'swish', expected one of: none relu"):
+        tn.linear_dynamic(x, tiles, scale, None, "swish")
+    with pytest.raises(ValueError, match=r"bias"):
+        tn.linear_dynamic(x, tiles, scale, np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="holds NaN or inf"):
+        tn.quantize_weight(np.full((2, 2), np.nan, np.float32))
+    with pytest.raises(TypeError, match="q is float32"):
+        tn.linear_acc(x, np.zeros(2, np.int32), tiles, 20)
+
+
+def test_runs_with_torch_blocked():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np, tersor.numpy as tn\n"
+        "w, s = tn.quantize_weight(np.eye(20, dtype=np.float32))\n"
+        "x = np.arange(40, dtype=np.float32).reshape(2, 20)\n"
+        "print(np.abs(tn.linear_dynamic(x, w, s) - x).max() <= 39 / 127, tn.info()['kernels'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    assert out.stdout.startswith("True"), out.stderr

@@ -1,0 +1,127 @@
+"""The package as a whole: import, info, command line, TERSOR_ISA, one list per concept, and the house's rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tersor
+import tersor.ops as ops
+from tersor import native
+from tersor.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, cwd=ROOT / "tests"
+    )
+
+
+def test_import_does_no_work():
+    out = python("import sys, tersor; print('torch' in sys.modules, 'numpy' in sys.modules, sorted(dir(tersor))[:2])")
+    assert out.stdout.startswith("False False"), out.stderr
+
+
+def test_public_names():
+    for name in tersor.__all__:
+        assert getattr(tersor, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        tersor.quantise  # noqa: B018
+    # a function named like a submodule would hide it
+    submodules = {p.stem for p in Path(tersor.__file__).parent.iterdir()}
+    assert not set(tersor._PUBLIC) & submodules
+
+
+def test_version_is_written_once_more_only_in_pyproject():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^version = "(.*)"', text, re.M).group(1) == tersor.__version__
+
+
+def test_info():
+    info = tersor.info()
+    assert set(info.ops) == set(ops.OPS)
+    assert info.native == ops.NATIVE
+    text = CliRunner().invoke(main, ["info"]).output
+    for name in ops.OPS:
+        assert name in text
+    facts = json.loads(CliRunner().invoke(main, ["info", "--json"]).output)
+    assert facts["torch"] == torch.__version__
+    assert "quantize_rows" in facts["ops"]
+    help_text = CliRunner().invoke(main, ["info", "--help"]).output
+    assert "TERSOR_ISA" in help_text
+
+
+@pytest.mark.native
+def test_isa_can_be_capped_and_wrong_names_are_errors():
+    runnable = [name for name, ok, _ in tersor.info().variants if ok]
+    for name in runnable:
+        out = python("import tersor; print(set(tersor.info().kernels.values()))", TERSOR_ISA=name)
+        assert out.stdout.strip() == str({name}), out.stderr
+    for module in ("tersor.ops", "tersor.numpy as n; n.info()"):
+        out = python(f"import {module}", TERSOR_ISA="nonsense")
+        assert out.returncode != 0
+        assert "TERSOR_ISA=nonsense is not an instruction set of this build; this CPU can run:" in out.stderr
+        assert runnable[-1] in out.stderr
+    result = python("from tersor.cli import main; main(['info'])", TERSOR_ISA="nonsense")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: TERSOR_ISA=nonsense")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.native
+def test_epilogue_lists_are_one():
+    assert tuple(ops.EPILOGUES) == native.numpy_module().epilogues()
+
+
+@pytest.mark.native
+def test_without_native_there_is_one_warning_and_the_same_integers():
+    code = (
+        "import torch, tersor, tersor.ops as ops; torch.manual_seed(0); x = torch.randn(3, 40);"
+        "q, s, r = ops.quantize_rows(x); w = ops.from_rows(torch.randint(-127, 128, (20, 40), dtype=torch.int8));"
+        "tersor.quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4)), tersor.Int8Dynamic());"
+        "print(ops.NATIVE, int(ops.linear_acc(q, r, w, 20).long().abs().sum()))"
+    )
+    with_native, without = python(code), python(code, TERSOR_DISABLE_NATIVE="1")
+    assert with_native.stdout.split()[0] == "True"
+    assert without.stdout.split()[0] == "False"
+    assert with_native.stdout.split()[1] == without.stdout.split()[1]
+    assert without.stderr.count("no native kernels") == 1
+    assert with_native.stderr == ""
+
+
+def tracked(*patterns: str) -> list[Path]:
+    out = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / line for line in out.stdout.split()]
+
+
+def test_files_stay_short():
+    for path in tracked("*.py", "*.cpp", "*.h", "*.inl", "*.inc", "*.cu", "*.cuh"):
+        assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_kernels_are_framework_free():
+    for path in tracked("csrc/core/*", "csrc/cpu/*"):
+        for header in re.findall(r"#include\s*<([^>]+)>", path.read_text()):
+            assert not header.startswith(("torch", "ATen", "c10", "pybind11", "vector", "string", "iostream")), path
+    for path in tracked("csrc/cpu/*"):
+        text = path.read_text()
+        if not path.name.startswith("isa_"):
+            assert "_mm" not in text, path  # intrinsics live in the vocabularies only
+        assert "std::" not in text, path
+
+
+def test_no_flag_that_breaks_portability():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    assert "-ffp-contract=off" in text
+    for flag in ("march=native", "ffast-math", "Ofast", "fopenmp"):
+        assert flag not in text

@@ -1,7 +1,7 @@
 """A real sentence encoder, three ways: float32, torch's quantize_dynamic, and Tersor Int8Dynamic, in one process.
 
 Speed of the whole model, bytes it holds, and how far its embeddings move; see minilm_model.py for the model and the texts.
-torch is imported inside functions: restrict_onednn() must come first, also in scripts that import this one.
+torch is imported inside functions: cap_peers() must come first, also in scripts that import this one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import platform
 import statistics
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +19,16 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from timing import (
+    PEER_CAP,
+    Timing,
+    cap_peers,
+    interleaved,
+    machine,
+    quantize_dynamic_engines,
+    torch_quantize_dynamic,
+    torch_threads,
+)
 
 if TYPE_CHECKING:
     from minilm_model import Embeddings, Texts
@@ -32,10 +36,7 @@ if TYPE_CHECKING:
 
 SHAPES = ((1, 128), (8, 128), (1, 16))  # batch, tokens
 SLICE_S = 0.08  # a contender's turn in a round: long against a scheduler tick, short against a change of the CPU's frequency
-WARMUP = 3  # oneDNN and the allocator settle in the first two calls of a shape
 SIMULATION_BOUND = 0.0005  # how far Tersor's mean cosine may lie from the simulation's
-ISA_CAP = "AVX512_CORE_VNNI"
-WIDER_FLAGS = ("amx_int8", "amx_bf16", "avx512_bf16")
 
 FP32 = "fp32"
 TORCH = "torch quantize_dynamic"
@@ -53,54 +54,6 @@ class Accuracy(NamedTuple):
     recall_at_1: float
 
 
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def restrict_onednn(unrestricted: bool = False) -> str:
-    """Holds oneDNN at AVX512-VNNI where the CPU has AMX or AVX512-BF16, so that all contenders use one class of instructions.
-
-    Call it before torch is imported; returns what was done, for people. A value the caller has set stays.
-    """
-    wider = [flag for flag in WIDER_FLAGS if flag in _cpuinfo("flags").split()]
-    given = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    if given is not None:
-        return f"oneDNN: ONEDNN_MAX_CPU_ISA={given} was given"
-    if not wider:
-        return "oneDNN: its own choice; this CPU has neither AMX nor AVX512-BF16"
-    if unrestricted:
-        return f"oneDNN: unrestricted, may use {', '.join(wider)}"
-    if "torch" in sys.modules:
-        raise RuntimeError("restrict_onednn: torch is already imported; call this before, or set ONEDNN_MAX_CPU_ISA outside")
-    os.environ["ONEDNN_MAX_CPU_ISA"] = ISA_CAP
-    return f"oneDNN: held at {ISA_CAP} (this CPU also has {', '.join(wider)}; --unrestricted lifts it)"
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """torch.set_num_threads for a while."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def measure_speed(
     models: dict[str, nn.Module],
     batch: int,
@@ -109,63 +62,21 @@ def measure_speed(
     threads: int,
     on_round: Callable[[], None] | None = None,
     slice_s: float = SLICE_S,
-) -> dict[str, tuple[float, float]]:
-    """name -> (min, median) over the rounds of the seconds of one call: `batch` sentences of `tokens` real tokens to embeddings.
-
-    The models take turns of about slice_s seconds; who begins changes with each round. on_round is called outside the timed parts.
-    """
+) -> dict[str, Timing]:
+    """Seconds of one call of each model, `batch` sentences of `tokens` real tokens to embeddings, interleaved."""
     import torch
     from minilm_model import sentence_embedding, token_rows
 
     ids = token_rows(batch, tokens)
     mask = torch.ones_like(ids)
-
-    def turn(model: nn.Module, calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            sentence_embedding(model, ids, mask)
-        return (time.perf_counter() - start) / calls
-
-    names = list(models)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    calls = {name: partial(sentence_embedding, model, ids, mask) for name, model in models.items()}
     with torch_threads(threads), torch.inference_mode():
-        calls = {}
-        for name in names:
-            turn(models[name], WARMUP)
-            calls[name] = max(1, round(slice_s / turn(models[name], 1)))
-        for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                seconds[name].append(turn(models[name], calls[name]))
-            if on_round:
-                on_round()
-    return {name: (min(times), statistics.median(times)) for name, times in seconds.items()}
-
-
-def torch_quantized(model: nn.Module, engine: str, per_channel: bool = False) -> nn.Module:
-    """A copy of model under torch.ao.quantization.quantize_dynamic with that engine's packed weights."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao.quantization as a whole
-        warnings.simplefilter("ignore", UserWarning)  # the quantized dtypes under it
-        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-        torch.backends.quantized.engine = engine
-        spec: Any = {torch.nn.Linear: per_channel_dynamic_qconfig} if per_channel else {torch.nn.Linear}
-        return quantize_dynamic(copy.deepcopy(model), spec, dtype=torch.qint8)
-
-
-def torch_engines() -> list[str]:
-    """The engines worth a try: all that this torch supports, but not qnnpack on x86: made for Arm, it is slower than fp32 there."""
-    import torch
-
-    left_out = {"none", "qnnpack"} if platform.machine() in ("x86_64", "AMD64") else {"none"}
-    return [engine for engine in torch.backends.quantized.supported_engines if engine not in left_out]
+        return interleaved(calls, rounds, slice_s, on_round)
 
 
 def best_torch_engine(model: nn.Module, threads: int) -> tuple[str, dict[str, float]]:
     """(engine, seconds of each: geometric mean over SHAPES of the best of a few calls)."""
-    models = {engine: torch_quantized(model, engine) for engine in torch_engines()}
+    models = {engine: torch_quantize_dynamic(model, engine) for engine in quantize_dynamic_engines()}
     runs = [measure_speed(models, batch, tokens, rounds=4, threads=threads, slice_s=0.05) for batch, tokens in SHAPES]
     seconds = {engine: math.exp(statistics.fmean(math.log(run[engine][0]) for run in runs)) for engine in models}
     return min(seconds, key=seconds.__getitem__), seconds
@@ -216,7 +127,7 @@ def accuracy(got: Embeddings, reference: Embeddings) -> Accuracy:
     return Accuracy(cosine.mean().item(), cosine.min().item(), same.double().mean().item(), found.double().mean().item())
 
 
-def speed_table(speed: dict[str, dict[str, tuple[float, float]]], threads: int, rounds: int) -> Table:
+def speed_table(speed: dict[str, dict[str, Timing]], threads: int, rounds: int) -> Table:
     plural = "" if threads == 1 else "s"
     spread = max(median / best for run in speed.values() for best, median in run.values())
     table = Table(
@@ -247,11 +158,11 @@ def accuracy_table(rows: dict[str, Accuracy], sizes: dict[str, int], pairs: int)
 
 
 class Report(NamedTuple):
-    """All figures of a run; speed is shape -> contender -> (min, median) seconds of one call."""
+    """All figures of a run; speed is shape -> contender -> seconds of one call."""
 
     facts: dict[str, Any]
     engine_s: dict[str, float]
-    speed: dict[str, dict[str, tuple[float, float]]]
+    speed: dict[str, dict[str, Timing]]
     sizes: dict[str, int]
     scores: dict[str, Accuracy]
 
@@ -280,9 +191,9 @@ def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool
     step("choosing torch's engine", 0)
     engine, engine_s = best_torch_engine(fp32, threads)
     step("quantising")
-    models = {FP32: fp32, TORCH: torch_quantized(fp32, engine)}
+    models = {FP32: fp32, TORCH: torch_quantize_dynamic(fp32, engine)}
     if per_channel:
-        models[TORCH_CHANNEL] = torch_quantized(fp32, engine, per_channel=True)
+        models[TORCH_CHANNEL] = torch_quantize_dynamic(fp32, engine, per_channel=True)
     models[TERSOR] = tersor_quantized(fp32)
     sizes = {name: model_bytes(model) for name, model in models.items()}
 
@@ -305,7 +216,7 @@ def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool
             step(f"embedding: {name}")
 
     facts = {
-        "cpu": cpu_name(),
+        "cpu": machine(),
         "torch": torch.__version__,
         "tersor": tersor.__version__,
         "tersor_variant": tersor_variant(),
@@ -343,7 +254,7 @@ def print_report(report: Report, console: Console) -> None:
 )
 @click.option("--simulate", is_flag=True, help="Add the same int8 format simulated by plain torch in float64: accuracy only.")
 @click.option("--per-channel", is_flag=True, help="Add quantize_dynamic with per-channel weights (per_channel_dynamic_qconfig).")
-@click.option("--unrestricted", is_flag=True, help=f"Do not hold oneDNN at {ISA_CAP} where the CPU has AMX or AVX512-BF16.")
+@click.option("--unrestricted", is_flag=True, help=f"Do not hold oneDNN at {PEER_CAP} where the CPU has AMX or AVX512-BF16.")
 def main(
     threads: int, rounds: int, limit: int | None, json_path: Path | None, simulate: bool, per_channel: bool, unrestricted: bool
 ) -> None:
@@ -352,7 +263,7 @@ def main(
     Whole-model speed at 1 x 128, 8 x 128 and 1 x 16 (batch x tokens), size in memory, and how well the embeddings of news
     documents keep their direction and find each other. One to two minutes.
     """
-    onednn = restrict_onednn(unrestricted)
+    onednn = cap_peers(unrestricted)
     try:
         import torch
         from minilm_model import MissingData, load_model, load_texts
@@ -366,7 +277,7 @@ def main(
 
     console = Console()
     versions = f"torch {torch.__version__}, threads: {threads}, Tersor kernels: {variant}"
-    console.print(f"{cpu_name()}, {available_cores()} cores; {versions}\n{onednn}", soft_wrap=True)
+    console.print(f"{machine()}; {versions}\n{onednn}", soft_wrap=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     # No refresh from a second thread: it would run inside the timed calls.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:

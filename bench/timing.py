@@ -3,13 +3,19 @@ meets them all. Ratios are of minima; medians stand beside them."""
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Without AMX or AVX512-BF16 in play everyone computes with the same instructions; must be set before torch is imported.
 PEER_CAP = "AVX512_CORE_VNNI"
@@ -23,12 +29,23 @@ def cpu_flags() -> set[str]:
     return set(lines[0].split(":", 1)[1].split()) if lines else set()
 
 
-def cap_peers() -> str:
-    """Holds oneDNN to AVX512-VNNI where the CPU has more; returns what was done, for the header of a table."""
-    if {"amx_int8", "avx512_bf16"} & cpu_flags() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = PEER_CAP
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"ONEDNN_MAX_CPU_ISA={cap}" if cap else "peers unrestricted"
+def cap_peers(unrestricted: bool = False) -> str:
+    """Holds oneDNN to AVX512-VNNI where the CPU has more; returns what was done, for the header of a table.
+
+    Must run before torch is imported. A value the caller has set stays.
+    """
+    wider = sorted({"amx_int8", "amx_bf16", "avx512_bf16"} & cpu_flags())
+    given = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    if given:
+        return f"oneDNN: ONEDNN_MAX_CPU_ISA={given} was given"
+    if not wider:
+        return "oneDNN: its own choice; this CPU has neither AMX nor AVX512-BF16"
+    if unrestricted:
+        return f"oneDNN: unrestricted, may use {', '.join(wider)}"
+    if "torch" in sys.modules:
+        raise RuntimeError("cap_peers: torch is already imported; call this before, or set ONEDNN_MAX_CPU_ISA outside")
+    os.environ["ONEDNN_MAX_CPU_ISA"] = PEER_CAP
+    return f"oneDNN: held at {PEER_CAP} (this CPU also has {', '.join(wider)})"
 
 
 def machine() -> str:
@@ -41,14 +58,21 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     best: float  # seconds a call
     median: float
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int = 7, seconds: float = 0.02) -> dict[str, Timing]:
-    """Times each contender `rounds` times, in turn; one measurement lasts about `seconds`, at least one call, after a warm-up."""
+def interleaved(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int = 7,
+    seconds: float = 0.02,
+    on_round: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Times each contender `rounds` times, in turn; one measurement lasts about `seconds`, at least one call, after a warm-up.
+
+    Who begins changes with each round. on_round is called outside the timed parts.
+    """
     calls: dict[str, int] = {}
     for name, f in contenders.items():
         f()
@@ -57,26 +81,31 @@ def interleaved(contenders: dict[str, Callable[[], object]], rounds: int = 7, se
         f()
         calls[name] = max(1, int(seconds / max(time.perf_counter() - start, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, f in contenders.items():
+    names = list(contenders)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            f = contenders[name]
             f()  # brings this contender's weights back into the caches the others have taken
             n = calls[name]
             start = time.perf_counter()
             for _ in range(n):
                 f()
             samples[name].append((time.perf_counter() - start) / n)
+        if on_round:
+            on_round()
     return {name: Timing(min(s), sorted(s)[len(s) // 2]) for name, s in samples.items()}
 
 
 def quantize_dynamic_engines() -> list[str]:
-    """torch's engines for quantize_dynamic that run on this CPU."""
+    """torch's engines for quantize_dynamic worth a try: all it supports, but not qnnpack on x86: made for Arm, slower than fp32."""
     import torch
 
-    return [e for e in torch.backends.quantized.supported_engines if e in ("onednn", "x86", "fbgemm", "qnnpack")]
+    left_out = {"none", "qnnpack"} if platform.machine() in ("x86_64", "AMD64") else {"none"}
+    return [engine for engine in torch.backends.quantized.supported_engines if engine not in left_out]
 
 
-def torch_quantize_dynamic(model, engine: str):
-    """torch.ao's quantize_dynamic of a copy of `model` on one engine; it is deprecated, which is why we are here."""
+def torch_quantize_dynamic(model: nn.Module, engine: str, per_channel: bool = False) -> nn.Module:
+    """torch.ao's quantize_dynamic of a copy of `model` with that engine's packed weights; it is deprecated."""
     import torch
 
     before = torch.backends.quantized.engine
@@ -84,6 +113,22 @@ def torch_quantize_dynamic(model, engine: str):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+            spec: Any = {torch.nn.Linear: per_channel_dynamic_qconfig} if per_channel else {torch.nn.Linear}
+            return quantize_dynamic(copy.deepcopy(model), spec, dtype=torch.qint8)
     finally:
         torch.backends.quantized.engine = before
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch.set_num_threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -13,7 +13,9 @@ import tersor.ops as ops
 
 def pytest_report_header() -> str:
     served = tersor.info().kernels.get("gemm_w8", "reference")
-    return f"tersor {tersor.__version__}, torch {torch.__version__}, kernels: {served}, TERSOR_ISA={os.environ.get('TERSOR_ISA', '')}"
+    return (
+        f"tersor {tersor.__version__}, torch {torch.__version__}, kernels: {served}, TERSOR_ISA={os.environ.get('TERSOR_ISA', '')}"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

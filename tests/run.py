@@ -1,8 +1,8 @@
 """Runs the parts of the test suite one after the other and prints the seconds each took.
 
-    python tests/run.py            what every change must pass (make test)
-    python tests/run.py --full     also each instruction set in full, slow cases and long fuzzing (make test-full)
-    python tests/run.py --only cpp one part
+python tests/run.py            what every change must pass (make test)
+python tests/run.py --full     also each instruction set in full, slow cases and long fuzzing (make test-full)
+python tests/run.py --only cpp one part
 """
 
 from __future__ import annotations

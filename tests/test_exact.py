@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
+from cases import CASES, EPS, LARGE_K, Case, assert_equal, assert_within, epilogue_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tersor
 import tersor.ops as ops
-from cases import CASES, EPS, LARGE_K, Case, assert_equal, assert_within, epilogue_bound
 
 pytestmark = pytest.mark.exact
 THREADS = (1, 2, 3)

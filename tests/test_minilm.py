@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import assert_equal
 
 import tersor
 import tersor.ops as ops
-from cases import assert_equal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -36,7 +36,9 @@ def test_every_layer_matches_its_reference(pair):
         q, scale, row_sum = ops.quantize_rows(x)
         args = (q, row_sum, layer.weight_packed, layer.out_features)
         assert_equal(ops.linear_acc(*args), ops.linear_acc.reference(*args))
-        assert_equal(layer(x).detach(), ops.linear_dynamic.reference(x, layer.weight_packed, layer.weight_scale, layer.bias.detach()))
+        assert_equal(
+            layer(x).detach(), ops.linear_dynamic.reference(x, layer.weight_packed, layer.weight_scale, layer.bias.detach())
+        )
 
 
 def test_sentence_embeddings(pair):

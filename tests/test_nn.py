@@ -8,10 +8,10 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
+from cases import assert_equal
 from torch import nn
 
 import tersor
-from cases import assert_equal
 from tersor import Int8Dynamic, Int8WeightOnly, QuantLinear
 
 FORMATS = [Int8Dynamic(), Int8WeightOnly()]

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from cases import CASES, Case
 
 import tersor.numpy as tn
 import tersor.ops as ops
-from cases import CASES, Case
 
 pytestmark = pytest.mark.native
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case, assert_equal, assert_within
 from torch.library import opcheck
 
 import tersor.ops as ops
-from cases import Case, assert_equal, assert_within
 
 
 @pytest.fixture
@@ -104,9 +104,7 @@ def test_compile_without_graph_break(backend: str, layer):
     x, tiles, scale, bias = layer
 
     def f(x, bias):
-        return torch.relu(ops.linear_dynamic(x * 2, tiles, scale, bias)) + ops.linear_weight_only(
-            x, tiles, scale, None
-        )
+        return torch.relu(ops.linear_dynamic(x * 2, tiles, scale, bias)) + ops.linear_weight_only(x, tiles, scale, None)
 
     compiled = torch.compile(f, fullgraph=True, backend=backend)
     assert_equal(compiled(x, bias), f(x, bias))
@@ -123,16 +121,41 @@ def bad_inputs():
     q, x_scale, row_sum = ops.quantize_rows.reference(x)
     yield "linear_dynamic", (x.long(), tiles, scale, bias), TypeError, "x is torch.int64, expected float32, bfloat16 or float16"
     yield "linear_dynamic", (x.to(torch.complex64), tiles, scale, bias), TypeError, "x is torch.complex64"
-    yield "linear_dynamic", (x.to_sparse(), tiles, scale, bias), TypeError, r"torch.sparse_coo, expected a dense tensor; call .to_dense"
+    yield (
+        "linear_dynamic",
+        (x.to_sparse(), tiles, scale, bias),
+        TypeError,
+        r"torch.sparse_coo, expected a dense tensor; call .to_dense",
+    )
     yield "linear_dynamic", (torch.tensor(1.0), tiles, scale, bias), ValueError, "x is 0-dimensional"
-    yield "linear_dynamic", (x[:, :20], tiles, scale, bias), ValueError, r"x has K=20, but weight_packed \[2, 6, 64\] holds K in \[21, 24\]"
-    yield "linear_dynamic", (x, tiles[:1], scale, bias), ValueError, r"weight_packed is \[1, 6, 64\], expected \[2, 6, 64\] for N=20"
+    yield (
+        "linear_dynamic",
+        (x[:, :20], tiles, scale, bias),
+        ValueError,
+        r"x has K=20, but weight_packed \[2, 6, 64\] holds K in \[21, 24\]",
+    )
+    yield (
+        "linear_dynamic",
+        (x, tiles[:1], scale, bias),
+        ValueError,
+        r"weight_packed is \[1, 6, 64\], expected \[2, 6, 64\] for N=20",
+    )
     yield "linear_dynamic", (x, tiles.to(torch.int8), scale, bias), ValueError, "weight_packed is torch.int8, expected torch.uint8"
-    yield "linear_dynamic", (x, tiles, scale.half(), bias), ValueError, r"weight_scale is torch.float16 \[20\], expected float32 \[N\]"
+    yield (
+        "linear_dynamic",
+        (x, tiles, scale.half(), bias),
+        ValueError,
+        r"weight_scale is torch.float16 \[20\], expected float32 \[N\]",
+    )
     yield "linear_dynamic", (x, tiles, scale, bias[:5]), ValueError, r"bias is torch.float32 \[5\], expected float \[20\]"
     yield "linear_dynamic", (x, tiles, scale, bias, "swish"), ValueError, "epilogue is 'swish', expected one of: none, relu"
     yield "linear_dynamic", (x.to("meta"), tiles, scale, bias), ValueError, "weight_packed is on cpu, x on meta"
-    yield "linear_dynamic", (torch.zeros(1, 132105), torch.zeros(2, 33027, 64, dtype=torch.uint8), scale, bias), ValueError, "above 132104"
+    yield (
+        "linear_dynamic",
+        (torch.zeros(1, 132105), torch.zeros(2, 33027, 64, dtype=torch.uint8), scale, bias),
+        ValueError,
+        "above 132104",
+    )
     yield "linear_weight_only", (x.double(), tiles, scale, bias), TypeError, "x is torch.float64"
     yield "quantize_rows", (x, torch.ones(2)), ValueError, r"absmax is torch.float32 \[2\], expected torch.float32 \[3\]"
     yield "linear_acc", (x, row_sum, tiles, 20), TypeError, "q is torch.float32, expected torch.int8; make it with quantize_rows"
@@ -141,7 +164,12 @@ def bad_inputs():
     yield "linear_acc", (q, row_sum, tiles, -1), ValueError, "out_features is -1"
     yield "linear_s8", (q, x_scale[:1], row_sum, tiles, scale, bias), ValueError, r"scale is torch.float32 \[1\]"
     yield "linear_s8", (q, x_scale, row_sum, tiles, scale, bias, "none", torch.int32), TypeError, "out_dtype is torch.int32"
-    yield "input_grad", (torch.zeros(3, 19), tiles, scale, 24), ValueError, r"grad is torch.float32 \[3, 19\], expected float \[..., 20\]"
+    yield (
+        "input_grad",
+        (torch.zeros(3, 19), tiles, scale, 24),
+        ValueError,
+        r"grad is torch.float32 \[3, 19\], expected float \[..., 20\]",
+    )
 
 
 @pytest.mark.parametrize(("name", "args", "error", "message"), list(bad_inputs()))

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import parallel_workers
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import parallel_workers
 from tersor.formats import Int8Dynamic
 from tersor.parallel import placements, split_size, split_unit
 

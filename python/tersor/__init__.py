@@ -26,7 +26,7 @@ _PUBLIC = {
 }
 _SUBMODULES = ("formats", "nn", "numpy", "ops")
 
-__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from . import formats, nn, numpy, ops

@@ -5,6 +5,7 @@ A file is untrusted: its names, tags, shapes and dtypes are checked against the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -165,7 +166,9 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, fo
 
     part = os.path.join(folder, f".tersor-{secrets.token_hex(8)}.part")
     try:
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(descriptor).st_mode & 0o777
+        os.close(descriptor)
     except OSError as error:
         raise type(error)(error.errno, f"save: cannot write in {folder} ({error.strerror}); choose another folder") from None
     try:
@@ -173,10 +176,12 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, fo
             save_file(tensors, part, metadata=metadata)
         except SafetensorError as error:  # what it is given was checked: it is the disk
             raise OSError(f"save: writing {target} failed ({error}); the disk may be full") from None
+        os.chmod(part, mode)  # safetensors 0.8 puts a file of mode 600 in its place
         _sync(part)
         os.replace(part, target)
     except BaseException:
-        os.unlink(part)
+        with contextlib.suppress(OSError):
+            os.unlink(part)
         raise
     if os.name == "posix":
         _sync(folder)  # the new name itself

@@ -1,4 +1,7 @@
-"""Finds and loads the compiled parts: `_numpy` (pybind11) and `_torch` (torch ops). Both may be absent; everything then runs on the reference."""
+"""Finds and loads the compiled parts: `_numpy` (pybind11) and `_torch` (torch ops).
+
+Both may be absent; everything then runs on the reference.
+"""
 
 from __future__ import annotations
 

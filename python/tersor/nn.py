@@ -70,7 +70,7 @@ class QuantLinear(nn.Module):
                 for begin, end in row_blocks(n, k):
                     rows = weight[begin:end]
                     if not torch.isfinite(rows).all():
-                        raise ValueError(f"QuantLinear: weight holds NaN or inf in rows {begin} to {end - 1}; it cannot be quantised")
+                        raise ValueError(f"QuantLinear: weight holds NaN or inf in rows {begin} to {end - 1}")
                     for name, part in layer.format.quantize(rows).items():
                         whole = stored[name]
                         # dim 0 counts channels or n tiles of 16 channels
@@ -106,7 +106,7 @@ class QuantLinear(nn.Module):
                         part[spec.name] = whole[first:last]
                     weight[begin:end] = self.format.dequantize(part, end - begin, k)
             linear.weight = nn.Parameter(weight)
-        linear.bias = self.bias
+        linear.bias = self.bias  # type: ignore[assignment]
         linear.train(self.training)
         return linear
 

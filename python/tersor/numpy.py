@@ -21,7 +21,9 @@ TILE_N = 16
 def _kernels() -> ModuleType:
     module = native.numpy_module()
     if module is None:
-        raise RuntimeError("tersor.numpy needs the native library, which this installation lacks; reinstall from a wheel or with a compiler")
+        raise RuntimeError(
+            "tersor.numpy needs the native library, which is missing here; reinstall from a wheel or with a compiler"
+        )
     return module
 
 
@@ -104,9 +106,7 @@ def linear_s8(
     )
 
 
-def linear_dynamic(
-    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none"
-) -> Array:
+def linear_dynamic(x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none") -> Array:
     """The int8 layer with dynamic activations, [M, N] in the dtype of x; as ops.linear_dynamic."""
     return _float_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue)
 
@@ -118,9 +118,7 @@ def linear_weight_only(
     return _float_linear("linear_weight_only", x, weight_packed, weight_scale, bias, epilogue)
 
 
-def _float_linear(
-    function: str, x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, epilogue: str
-) -> Array:
+def _float_linear(function: str, x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, epilogue: str) -> Array:
     x = _floats(function, "x", x)
     scales = _vector(function, "weight_scale", weight_scale, np.float32)
     _check_tiles(function, weight_packed, len(scales), x.shape[1])

@@ -118,7 +118,7 @@ class _ParallelQuantLinear(QuantLinear):
     _mesh: DeviceMesh
     _axis: ClassVar[str]
     _x_placement: ClassVar[Placement]
-    _x_grad_placement: ClassVar[Placement]
+    _x_grad_placements: ClassVar[tuple[Placement] | None]  # None: those of x
     _y_placement: ClassVar[Placement]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class _ParallelQuantLinear(QuantLinear):
                 f"{x.placements[0]}), expected [..., {self.in_features}]; {name}(input_layouts=...) says how x arrives"
             )
         x = x.redistribute(placements=(self._x_placement,))
-        y = self._forward_local(x.to_local(grad_placements=(self._x_grad_placement,)))
+        y = self._forward_local(x.to_local(grad_placements=self._x_grad_placements))
         result = DTensor.from_local(y, mesh, (self._y_placement,), run_check=False)
         result = result.redistribute(placements=(style.output_layouts,))
         return result.to_local() if style.use_local_output else result
@@ -150,7 +150,7 @@ class _ParallelQuantLinear(QuantLinear):
 class _ColwiseQuantLinear(_ParallelQuantLinear):
     _axis = "N"
     _x_placement = Replicate()
-    _x_grad_placement = Partial()  # each rank's channels give one summand of grad_x; DTensor adds them
+    _x_grad_placements = (Partial(),)  # each rank's channels give one summand of grad_x; DTensor adds them
     _y_placement = Shard(-1)
 
     def _forward_local(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class _ColwiseQuantLinear(_ParallelQuantLinear):
 class _RowwiseQuantLinear(_ParallelQuantLinear):
     _axis = "K"
     _x_placement = Shard(-1)
-    _x_grad_placement = Shard(-1)
+    _x_grad_placements = None
     _y_placement = Replicate()
 
     def _forward_local(self, x: Tensor) -> Tensor:

@@ -197,9 +197,9 @@ def _check_root(model: nn.Module) -> None:
         )
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
     """(fqn, parent, name, layer) of every place that holds an nn.Linear; a layer in two places counts twice."""
-    found = []
+    found: list[tuple[str, nn.Module, str, nn.Linear]] = []
     for fqn, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear:
             prefix, _, name = fqn.rpartition(".")
@@ -209,7 +209,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
 
 def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Place]:
     candidates = _linears(model)
-    planned: list[tuple[str, nn.Module, str, nn.Module, Format]] = []
+    planned: list[tuple[str, nn.Module, str, nn.Linear, Format]] = []
     for fqn, parent, name, layer in candidates:
         fmt = rules.lookup(fqn)
         if fmt is None:
@@ -228,14 +228,14 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
         have = ", ".join(fqn for fqn, *_ in candidates[:8]) + (", ..." if len(candidates) > 8 else "")
         raise ValueError(f"quantize_: config keys match no nn.Linear: {names}; the model has: {have or 'none'}")
 
-    swapped = {id(layer) for _, _, _, layer, _ in planned}
+    owners = _owners(model, {id(layer) for _, _, _, layer, _ in planned})
     places = []
     seen: set[tuple[int, str]] = set()  # a shared parent offers its children under several names
     for fqn, parent, name, layer, fmt in planned:
         if (id(parent), name) in seen:
             continue
         seen.add((id(parent), name))
-        owner = _tied_to(model, layer, swapped)
+        owner = owners.get(id(layer.weight))
         if owner and filter_fn is None and fqn not in rules.exact:
             warnings.warn(
                 f"tersor: {fqn} stays float: its weight is tied to {owner}, which is not swapped; "
@@ -260,15 +260,14 @@ def _unfit(layer: nn.Module) -> str | None:
     return None
 
 
-def _tied_to(model: nn.Module, layer: nn.Module, swapped: set[int]) -> str | None:
-    """Name of a parameter of a module that stays and is the layer's weight, or None."""
+def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
+    """id of each parameter of the modules that stay -> its name."""
+    owners = {}
     for prefix, module in model.named_modules():
-        if id(module) in swapped:
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is layer.weight:
-                return f"{prefix}.{name}" if prefix else name
-    return None
+        if id(module) not in swapped:
+            for name, parameter in module._parameters.items():
+                owners[id(parameter)] = f"{prefix}.{name}" if prefix else name
+    return owners
 
 
 def _swap_all(places: list[_Place], device: torch.device | str | None, progress: bool) -> None:

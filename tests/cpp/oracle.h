@@ -146,30 +146,32 @@ namespace activation {
 inline Bounded none(double z) { return {z, 0}; }
 inline Bounded relu(double z) { return {z < 0 ? 0 : z, 0}; }
 
-// Error of max(z, 0) - a h(a), a = |z|, h = t P(t) E with t = 1/(1 + a c), E = exp(-a^2/2), against z Phi(z):
-//   the formula     Abramowitz & Stegun 7.1.26: erfc within 1.5e-7, h within half of that, times a. Past 5.5 both a h(a) and its
-//   true
-//                   value are below 5.5 * 0.75e-7.
-//   t               c = 0.3275911f * 0.70710678f carries three roundings; product, sum and quotient one each: 6.1 kU relatively,
-//   which
-//                   moves Q(t) = t P(t) by |Q'(t)| t
-//   Q               degree 4 by Horner: 8 kU, coefficients 1, the product with t 1: 10 kU of S(t), the sum of |c_i| t^i (Higham,
-//                   Accuracy and Stability, 5.3)
-//   E               a a rounds once: a^2/2 kU absolutely in the exponent; exp_ 4 kU; the two products that follow 2 kU
-//   the difference  one rounding of the result
-// second-order terms: 1 %. Past 12, h(12) stands for h: 12 h(12) < 1e-31.
+// Error of max(z, 0) - a h(a), a = |z|, h = Q(t) E with t = 1/(1 + a c), Q = t P(t), E = exp(-a^2/2), against z Phi(z):
+//   the formula   Abramowitz & Stegun 7.1.26: erfc within 1.5e-7, h within half of that, times a. Past 5.5 both a h(a) and its
+//                 true value are below 5.5 * 0.75e-7.
+//   t             c = 0.3275911f * 0.70710678f carries three roundings; product, sum and quotient one each: 6.1 kU relatively.
+//                 That moves Q(t) by |Q'(t)| t of it.
+//   Q             Horner's scheme, its error followed step by step (Higham, Accuracy and Stability, 5.1): b' = b t + c rounds
+//                 the product, the sum and c once each, and multiplies by t what came in
+//   E             a a rounds once: a^2/2 kU absolutely in the exponent; exp_ 4 kU; the two products that follow 2 kU
+//   difference    one rounding of the result
+// Second-order terms: 1 %. Past 12, h(12) stands for h: 12 h(12) < 1e-31.
 inline Bounded gelu(double z) {
   const double value = z * 0.5 * std::erfc(-z * std::sqrt(0.5));
   const double a = std::fabs(z), t = 1 / (1 + a * 0.3275911 * std::sqrt(0.5)), E = std::exp(-a * a / 2);
   const double c[5] = {0.254829592 / 2, -0.284496736 / 2, 1.421413741 / 2, -1.453152027 / 2, 1.061405429 / 2};
-  double Q = 0, S = 0, slope = 0, power = 1;
+  double Q = 0, slope = 0, Q_error = 0, power = 1;
   for (int i = 0; i < 5; ++i) {
     slope += c[i] * (i + 1) * power;
     power *= t;
-    Q += c[i] * power;
-    S += std::fabs(c[i]) * power;
   }
-  const double h_error = a > 12 ? 0 : a * E * (10 * S + 6.1 * t * std::fabs(slope) + (a * a / 2 + 6) * Q) * kU;
+  for (int i = 4; i >= 0; --i) {
+    Q_error = Q_error * t + std::fabs(Q * t) + std::fabs(Q * t + c[i]) + std::fabs(c[i]);
+    Q = Q * t + c[i];
+  }
+  Q *= t;
+  Q_error = Q_error * t + Q;
+  const double h_error = a > 12 ? 0 : a * E * (Q_error + 6.1 * t * std::fabs(slope) + (a * a / 2 + 6) * Q) * kU;
   return {value, 1.01 * h_error + 0.75e-7 * std::fmin(a, 5.5) + kU * std::fabs(value) + 1e-31};
 }
 

@@ -201,6 +201,12 @@ TERSOR_TEST(epilogue_sweep) {
       for (float v : {tie, std::nextafter(tie, 0.0f), std::nextafter(tie, HUGE_VALF)}) values.insert(values.end(), {v, -v});
     }
   }
+  // Quiet NaNs of either sign whose payload a rounding would carry into the exponent.
+  for (uint32_t bits : {0x7fffffffu, 0xffffffffu, 0xffc00000u, 0x7fc01234u}) {
+    float v;
+    std::memcpy(&v, &bits, 4);
+    values.push_back(v);
+  }
   Random random(options.seed);
   for (int i = 0; i < 4000; ++i) {
     const auto bits = static_cast<uint32_t>(random.bits());

@@ -12,7 +12,7 @@ from torch import Tensor
 NAMESPACE = "tersor"
 
 # Kept alive for the life of the process: ops vanish with the Library object that defined them.
-library = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901
+library = torch.library.Library(NAMESPACE, "DEF")
 
 # Every op of the package by name, filled by the decorator; tests, info() and backends walk it.
 OPS: dict[str, Op] = {}

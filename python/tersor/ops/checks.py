@@ -46,9 +46,7 @@ def check_device(function: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{function}: {name} is on {t.device}, x on {x.device}; move the module or x so that they meet")
 
 
-def check_weights(
-    function: str, k: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str
-) -> int:
+def check_weights(function: str, k: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str) -> int:
     """The stored tensors of an int8 layer must fit each other and K; returns N."""
     if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
         raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")

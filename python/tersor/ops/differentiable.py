@@ -59,9 +59,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _make(raw: Op, doc: str) -> Op:
     """The differentiable twin of `raw`: same arguments, same bits, gradients for x and bias."""
 
-    def reference(
-        x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
-    ) -> Tensor:
+    def reference(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
         return raw.raw(x, weight_packed, weight_scale, bias, epilogue)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -98,9 +98,7 @@ def linear_s8(
     return finish(acc, scale, weight_scale, bias, epilogue, out_dtype)
 
 
-def finish(
-    acc: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str, out_dtype: torch.dtype
-) -> Tensor:
+def finish(acc: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str, out_dtype: torch.dtype) -> Tensor:
     """The epilogue alone, as plain torch: act(((f32(acc) * scale) * weight_scale) + bias), each step rounded to float32."""
     y = acc.float() * scale.unsqueeze(-1) * weight_scale
     if bias is not None:
@@ -108,9 +106,7 @@ def finish(
     return EPILOGUES[epilogue](y).to(out_dtype)
 
 
-def _check_dynamic(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
-) -> Tensor:
+def _check_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
     k = check_x("linear_dynamic", x)
     check_device("linear_dynamic", x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
     n = check_weights("linear_dynamic", k, weight_packed, weight_scale, bias, epilogue)
@@ -123,9 +119,7 @@ def _check_dynamic(
     kernels=("quantize_x", "gemm_w8"),
     autocast=True,
 )
-def linear_dynamic(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
-) -> Tensor:
+def linear_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
     """Int8 linear layer with dynamic activations in one call: quantize_rows, integer GEMM, epilogue.
 
     x              float32 / bfloat16 / float16 [..., K], any strides

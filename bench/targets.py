@@ -1,0 +1,177 @@
+"""Every figure this project promises, as one table: what, how it is measured, the bound, and which CPU it needs.
+
+    python bench/targets.py [--only SUBSTRING]
+
+Measures them interleaved, one thread, and prints reached against promised; exits with 1 when one falls short. A row that needs what
+this CPU lacks is skipped with the reason. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+from timing import cap_peers, cpu_flags, interleaved, machine
+
+CAP = cap_peers()
+
+import minilm  # noqa: E402
+import minilm_model  # noqa: E402
+import torch  # noqa: E402
+from layers import ROWS, SHAPES, Layers, Point  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import nn  # noqa: E402
+
+import tersor  # noqa: E402
+
+VNNI = "avx512_vnni"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise. `measure` returns the figure; it holds when figure >= bound, or <= bound for `at_most`."""
+
+    what: str
+    measure: Callable[[], float]
+    bound: float
+    at_most: bool = False
+    needs: str = ""  # a CPU flag
+
+    def holds(self, figure: float) -> bool:
+        return figure <= self.bound if self.at_most else figure >= self.bound
+
+
+# ---- measurements; each runs once, however many rows read it --------------------------------------------------------------------
+
+
+@functools.cache
+def layer_errors() -> float:
+    """Worst relative error (Frobenius) of an int8 layer, x ~ N(0, 1), default nn.Linear init, K <= 4096."""
+    worst = 0.0
+    with torch.inference_mode():
+        for k in (64, 384, 768, 1536, 4096):
+            linear = nn.Linear(k, 1024)
+            x = torch.randn(64, k)
+            want = linear(x)
+            got = tersor.QuantLinear.from_linear(linear)(x)
+            worst = max(worst, ((got - want).norm() / want.norm()).item())
+    return worst
+
+
+@functools.cache
+def minilm_accuracy() -> dict[str, minilm.Accuracy]:
+    fp32, texts = minilm_model.load_model(), minilm_model.load_texts()
+    reference = minilm_model.evaluate(fp32, texts)
+    ours = minilm_model.evaluate(minilm.tersor_quantized(fp32), texts)
+    simulated = minilm_model.evaluate(minilm_model.simulate_int8_(copy.deepcopy(fp32)), texts)
+    return {"ours": minilm.accuracy(ours, reference), "simulated": minilm.accuracy(simulated, reference)}
+
+
+@functools.cache
+def minilm_speed(batch: int, tokens: int) -> dict[str, float]:
+    """fp32 / x of minima: ours, and the best engine of quantize_dynamic at this very shape."""
+    fp32 = minilm_model.load_model()
+    engines = {e: minilm.torch_quantize_dynamic(fp32, e) for e in minilm.quantize_dynamic_engines()}
+    models = {"fp32": fp32, "ours": minilm.tersor_quantized(fp32), **engines}
+    seconds = minilm.measure_speed(models, batch, tokens, rounds=15, threads=1)
+    peer = min(seconds[e].best for e in engines)
+    return {"ours": seconds["fp32"].best / seconds["ours"].best, "against_peer": peer / seconds["ours"].best}
+
+
+@functools.cache
+def layer_points() -> tuple[Point, ...]:
+    points: list[Point] = []
+    for k, n in SHAPES:
+        layers = Layers(k, n)
+        points += [layers.time(m) for m in ROWS]
+    return tuple(points)
+
+
+def worst_ratio(few_rows: bool) -> float:
+    """Smallest quantize_dynamic / ours over the grid, at M <= 64 or above; a point that falls short is measured again."""
+    worst = math.inf
+    for p in layer_points():
+        if (p.m <= 64) != few_rows:
+            continue
+        ratio = p.peer.best / p.ours.best
+        if ratio < (1.0 if few_rows else 0.9):
+            again = Layers(p.k, p.n).time(p.m, rounds=21)
+            ratio = again.peer.best / again.ours.best
+        worst = min(worst, ratio)
+    return worst
+
+
+def small_call_us(mode: Callable[[], object]) -> float:
+    """Microseconds of one module call of a 16x16 layer at M = 1."""
+    layer = tersor.QuantLinear.from_linear(nn.Linear(16, 16))
+    x = torch.randn(1, 16)
+    with mode():  # type: ignore[attr-defined]
+        return interleaved({"call": lambda: layer(x)}, rounds=21, seconds=0.02)["call"].best * 1e6
+
+
+@functools.cache
+def weight_only(m: int) -> float:
+    """fp32 / Int8WeightOnly at 4096x4096."""
+    linear = nn.Linear(4096, 4096)
+    layer = tersor.QuantLinear.from_linear(linear, tersor.Int8WeightOnly())
+    x = torch.randn(m, 4096)
+    with torch.inference_mode():
+        seconds = interleaved({"fp32": lambda: linear(x), "ours": lambda: layer(x)}, rounds=11, seconds=0.05)
+    return seconds["fp32"].best / seconds["ours"].best
+
+
+def simulation_gap() -> float:
+    scores = minilm_accuracy()
+    return abs(scores["ours"].mean_cosine - scores["simulated"].mean_cosine)
+
+
+TARGETS = [
+    Target("int8 layer: worst relative error, K <= 4096", layer_errors, 0.010, at_most=True),
+    Target("MiniLM: mean cosine to fp32", lambda: minilm_accuracy()["ours"].mean_cosine, 0.9965),
+    Target("MiniLM: worst cosine to fp32", lambda: minilm_accuracy()["ours"].worst_cosine, 0.98),
+    Target("MiniLM: mean cosine against the simulated format, difference", simulation_gap, 0.0005, at_most=True),
+    Target("MiniLM 8 x 128 tokens: times fp32", lambda: minilm_speed(8, 128)["ours"], 2.0, needs=VNNI),
+    Target("MiniLM 8 x 128 tokens: times quantize_dynamic", lambda: minilm_speed(8, 128)["against_peer"], 1.0, needs=VNNI),
+    Target("MiniLM 1 x 16 tokens: times fp32", lambda: minilm_speed(1, 16)["ours"], 2.0, needs=VNNI),
+    Target("layer, M <= 64: times quantize_dynamic, worst of 16 shapes", lambda: worst_ratio(True), 1.0, needs=VNNI),
+    Target("layer, M > 64: times quantize_dynamic, worst of 8 shapes", lambda: worst_ratio(False), 0.9, needs=VNNI),
+    Target("16x16 at M = 1, no_grad: us a call", lambda: small_call_us(torch.no_grad), 6.0, at_most=True, needs=VNNI),
+    Target("16x16 at M = 1, inference_mode: us a call", lambda: small_call_us(torch.inference_mode), 6.0, at_most=True, needs=VNNI),
+    Target("Int8WeightOnly 4096x4096, M = 1: times fp32", lambda: weight_only(1), 2.5, needs=VNNI),
+    Target("Int8WeightOnly 4096x4096, M = 64: times fp32", lambda: weight_only(64), 0.8, needs=VNNI),
+]
+
+
+@click.command()
+@click.option("--only", default="", help="Rows whose description contains this text.")
+def main(only: str) -> None:
+    """Measure what the project promises on this machine and compare."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    console = Console(width=140)
+    console.print(f"{machine()}, 1 thread, torch {torch.__version__}, {CAP}, kernels: {minilm.tersor_variant()}")
+    table = Table("promise", "reached", "promised", "")
+    failed = 0
+    flags = cpu_flags()
+    for target in track([t for t in TARGETS if only in t.what], "measuring", console=Console(stderr=True)):
+        promised = f"{'<=' if target.at_most else '>='} {target.bound:g}"
+        if target.needs and target.needs not in flags:
+            table.add_row(target.what, "-", promised, f"skipped: this CPU has no {target.needs}")
+            continue
+        figure = target.measure()
+        held = target.holds(figure)
+        failed += not held
+        table.add_row(target.what, f"{figure:.4g}", promised, "holds" if held else "[bold red]FALLS SHORT[/]")
+    console.print(table)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

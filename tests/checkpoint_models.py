@@ -40,16 +40,19 @@ def assert_same_model(got, want):
 
 
 def snapshot(model):
-    return [(name, id(m)) for name, m in model.named_modules()], {
-        key: (t.data_ptr(), t._version, t.clone()) for key, t in model.state_dict().items()
-    }
+    """Every module and tensor object of `model`, with the tensor's count of changes in place."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    tensors = [(name, t) for m in model.modules() for held in (m._parameters, m._buffers) for name, t in held.items()]
+    return modules, [(name, t, None if t is None else t._version) for name, t in tensors]
 
 
 def assert_untouched(model, before):
-    modules, tensors = before
-    assert [(name, id(m)) for name, m in model.named_modules()] == modules
-    for key, t in model.state_dict().items():
-        assert torch.equal(t, tensors[key][2]) or t.is_meta, key
+    for then, now in zip(before, snapshot(model), strict=True):
+        assert len(then) == len(now)
+        for a, b in zip(then, now, strict=True):
+            assert a[0] == b[0]
+            assert a[1] is b[1], a[0]
+            assert a[2:] == b[2:], a[0]
 
 
 class Tied(nn.Module):

@@ -45,5 +45,4 @@ inline void check_k(const char* function, int64_t K) {
   if (K > kMaxK) fail(function, "K=", K, " is above ", kMaxK, ", the largest for which int32 sums are exact");
 }
 
-
 }  // namespace tersor

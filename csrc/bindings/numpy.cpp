@@ -100,8 +100,8 @@ py::array linear_dynamic(const py::array& x, const py::array& weight_packed, con
   return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue);
 }
 
-py::array linear_weight_only(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
-                             const std::string& epilogue) {
+py::array linear_weight_only(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
+                             const py::object& bias, const std::string& epilogue) {
   return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue);
 }
 
@@ -123,9 +123,9 @@ py::array linear_acc(const py::array& q, const py::array& row_sum, const py::arr
   tersor::LinearWeights w{};
   w.N = out_features;
   w.K = K;
-  w.weight_packed = exact<uint8_t>(
-      kName, "weight_packed", weight_packed,
-      {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes});
+  w.weight_packed =
+      exact<uint8_t>(kName, "weight_packed", weight_packed,
+                     {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes});
   py::array_t<int32_t> acc({M, w.N});
   const tersor::Output out{acc.mutable_data(), Dtype::s32};
   const char* error = nullptr;

@@ -49,7 +49,8 @@ void check_plain(const char* function, const char* name, const Tensor& t) {
 const void* exact(const char* function, const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes) {
   check_plain(function, name, t);
   if (t.scalar_type() != type) {
-    fail(function, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ", torch::headeronly::toString(type));
+    fail(function, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",
+         torch::headeronly::toString(type));
   }
   const auto have = t.sizes();
   bool same = have.size() == sizes.size();
@@ -109,16 +110,17 @@ XRows rows_of(const char* function, const Tensor& x) {
   return r;
 }
 
-tersor::LinearWeights weights_of(const char* function, const Tensor& weight_packed, const Tensor& weight_scale, const OptionalTensor& bias,
-                                 const std::string& epilogue, int64_t K) {
+tersor::LinearWeights weights_of(const char* function, const Tensor& weight_packed, const Tensor& weight_scale,
+                                 const OptionalTensor& bias, const std::string& epilogue, int64_t K) {
   tersor::LinearWeights w{};
   check_plain(function, "weight_scale", weight_scale);
   if (weight_scale.dim() != 1) fail(function, "weight_scale has ", weight_scale.dim(), " dimensions, expected [N]");
   w.N = weight_scale.size(0);
   w.K = K;
   w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", weight_scale, ScalarType::Float, {w.N}));
-  w.weight_packed = static_cast<const uint8_t*>(exact(function, "weight_packed", weight_packed, ScalarType::Byte,
-                                                      {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), 64}));
+  w.weight_packed =
+      static_cast<const uint8_t*>(exact(function, "weight_packed", weight_packed, ScalarType::Byte,
+                                        {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), 64}));
   if (bias) {
     w.bias_dtype = float_dtype(function, "bias", bias->scalar_type());
     w.bias = exact(function, "bias", *bias, bias->scalar_type(), {w.N});
@@ -221,8 +223,8 @@ Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_fe
   return acc;
 }
 
-Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue,
-                 ScalarType out_dtype) {
+Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias,
+                 std::string epilogue, ScalarType out_dtype) {
   constexpr const char* kName = "linear_s8";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;

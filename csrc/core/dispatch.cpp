@@ -141,8 +141,9 @@ const char* resolve_kernels(const char* isa, Kernels* out) {
   if (isa && *isa) {
     while (first < count && std::strcmp(rows[first].name, isa) != 0) ++first;
     if (first == count || !rows[first].runnable) {
-      int n = first == count ? std::snprintf(error, sizeof error, "TERSOR_ISA=%.64s is not an instruction set of this build", isa)
-                             : std::snprintf(error, sizeof error, "TERSOR_ISA=%.64s is not available here (no %s)", isa, rows[first].missing);
+      int n = first == count
+                  ? std::snprintf(error, sizeof error, "TERSOR_ISA=%.64s is not an instruction set of this build", isa)
+                  : std::snprintf(error, sizeof error, "TERSOR_ISA=%.64s is not available here (no %s)", isa, rows[first].missing);
       n += std::snprintf(error + n, sizeof error - n, "; this CPU can run:");
       for (int i = 0; i < count; ++i) {
         if (rows[i].runnable) n += std::snprintf(error + n, sizeof error - n, " %s", rows[i].name);

@@ -54,8 +54,8 @@ struct QuantizeArgs {
 // y = act(((f32(acc) * scale[m]) * weight_scale[n]) + bias[n]) rounded to y_dtype; Dtype::s32 stores acc itself.
 struct GemmArgs {
   int64_t N, K;
-  const int8_t* q;  // s8 rows, each readable up to round_up(K, 4); what stands past K meets code 0
-  int64_t ldq;      // bytes
+  const int8_t* q;         // s8 rows, each readable up to round_up(K, 4); what stands past K meets code 0
+  int64_t ldq;             // bytes
   const float* scale;      // [M]; not read for Dtype::s32
   const int32_t* row_sum;  // [M]
   const uint8_t* weight_packed;
@@ -67,7 +67,8 @@ struct GemmArgs {
   int64_t ldy;  // elements
 };
 
-// y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class F).
+// y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class
+// F).
 struct FloatGemmArgs {
   int64_t N, K;
   const float* x;  // f32 rows

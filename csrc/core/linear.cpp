@@ -175,8 +175,9 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
       quantize_block(kt, x, m, m + rows, w.K, nullptr, q, ldq, scale, row_sum, row);
       // What the last k step reads past K meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
       for (int64_t j = 0; j < rows; ++j) std::memset(q + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
-      const GemmArgs args{w.N, w.K, q,     ldq, scale, row_sum, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
-                          out.dtype, w.N};
+      const GemmArgs args{
+          w.N,       w.K, q, ldq, scale, row_sum, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
+          out.dtype, w.N};
       kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };
@@ -212,8 +213,19 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
         }
         q = rows_copy;
       }
-      const GemmArgs args{w.N, w.K, q, ldq, x.scale ? x.scale + m : nullptr, x.row_sum + m, w.weight_packed, w.weight_scale, bias,
-                          w.activation, row_of(out, m, w.N), out.dtype, w.N};
+      const GemmArgs args{w.N,
+                          w.K,
+                          q,
+                          ldq,
+                          x.scale ? x.scale + m : nullptr,
+                          x.row_sum + m,
+                          w.weight_packed,
+                          w.weight_scale,
+                          bias,
+                          w.activation,
+                          row_of(out, m, w.N),
+                          out.dtype,
+                          w.N};
       kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };
@@ -252,8 +264,8 @@ const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRo
         }
       }
       const float* rows_f32 = direct ? reinterpret_cast<const float*>(at(x, m)) : floats;
-      const FloatGemmArgs args{w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
-                               out.dtype, w.N};
+      const FloatGemmArgs args{
+          w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N), out.dtype, w.N};
       kt.gemm_f32_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };

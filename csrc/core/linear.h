@@ -35,8 +35,8 @@ struct S8Rows {
 };
 
 // quantize_x over all rows.
-const char* quantize_rows(const KernelTable&, int64_t M, int64_t K, const StridedRows&, const float* absmax, int8_t* q, float* scale,
-                          int32_t* row_sum);
+const char* quantize_rows(const KernelTable&, int64_t M, int64_t K, const StridedRows&, const float* absmax, int8_t* q,
+                          float* scale, int32_t* row_sum);
 
 // Quantises each row of x and multiplies: the layer with dynamic activations.
 const char* linear_dynamic(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, const Output&);

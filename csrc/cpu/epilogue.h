@@ -103,8 +103,8 @@ void activate_rows(float* block, int64_t count) {
 
 inline void activate(Activation activation, float* block, int64_t count) {
   switch (activation) {
-#define TERSOR_EPILOGUE_ROW(name)              \
-  case Activation::name:                       \
+#define TERSOR_EPILOGUE_ROW(name) \
+  case Activation::name:          \
     return activate_rows<activation::name>(block, count);
 #include "../core/epilogue.inc"
 #undef TERSOR_EPILOGUE_ROW

@@ -29,7 +29,8 @@ void store_float_block(const FloatGemmArgs& g, float* sum, int rows, int64_t wid
   finish_block(sum, rows, width, columns, g.activation, g.y, g.y_dtype, g.ldy, m * g.ldy + n);
 }
 
-// Few rows: expand a tile in registers, use it kRows times. K past a multiple of 4 meets x = 0 through a padded copy of the row's end.
+// Few rows: expand a tile in registers, use it kRows times. K past a multiple of 4 meets x = 0 through a padded copy of the row's
+// end.
 template <int kRows>
 void direct_kernel(const FloatGemmArgs& g, int64_t m, int64_t t) {
   const int64_t k_steps = ceil_div(g.K, kTileK8), whole = g.K / kTileK8;

@@ -1,4 +1,5 @@
-// Integer GEMM over tiles. A register block is kRows rows x kTiles tiles; all of K stays in registers, the epilogue follows at once.
+// Integer GEMM over tiles. A register block is kRows rows x kTiles tiles; all of K stays in registers, the epilogue follows at
+// once.
 //
 //   for n panel (kTiles tiles, all of K):          streams once, stays in L1/L2 for the row blocks
 //     for row block (kRows rows, s8, in L1/L2):
@@ -11,13 +12,13 @@ constexpr int64_t kXStepBytes = kTileK8 * Isa::kXBytesPerK;
 
 struct BlockArgs {
   const GemmArgs* gemm;
-  const uint8_t* w;   // first tile of the panel
-  const char* x;      // first row, in the form Isa::load_x reads
-  int64_t ldx;        // bytes
+  const uint8_t* w;  // first tile of the panel
+  const char* x;     // first row, in the form Isa::load_x reads
+  int64_t ldx;       // bytes
   int64_t k_steps;
-  int64_t m, n;       // first row of the block within the range's arrays, first channel
-  const uint8_t* next;      // tiles of the next panel to bring into L2 meanwhile
-  int64_t next_lines;       // cache lines of it for this block
+  int64_t m, n;         // first row of the block within the range's arrays, first channel
+  const uint8_t* next;  // tiles of the next panel to bring into L2 meanwhile
+  int64_t next_lines;   // cache lines of it for this block
 };
 
 template <int kRows, int kTiles>
@@ -33,14 +34,16 @@ void store_block(const BlockArgs& b, const Vi (&sum)[kRows][kTiles * kTileVecs])
     for (int m = 0; m < kRows; ++m) {
       const Vi repair = Isa::shl<7>(Isa::set1_i(g.row_sum[b.m + m]));
 #pragma GCC unroll 16
-      for (int v = 0; v < kTiles * kTileVecs; ++v) Isa::store_i(block + m * kWidth + v * Isa::kLanes, Isa::sub_i(sum[m][v], repair));
+      for (int v = 0; v < kTiles * kTileVecs; ++v)
+        Isa::store_i(block + m * kWidth + v * Isa::kLanes, Isa::sub_i(sum[m][v], repair));
     }
     finish_block(block, kRows, kWidth, columns, Activation::none, g.y, g.y_dtype, g.ldy, offset);
     return;
   }
 
   const Channels channels(g.weight_scale, g.bias, b.n, kWidth, columns);
-  const bool direct = g.y_dtype == Dtype::f32 && columns == kWidth && (g.activation == Activation::none || g.activation == Activation::relu);
+  const bool direct =
+      g.y_dtype == Dtype::f32 && columns == kWidth && (g.activation == Activation::none || g.activation == Activation::relu);
   const bool relu = direct && g.activation == Activation::relu;
   float* y = direct ? static_cast<float*>(g.y) + offset : block;
   const int64_t ldy = direct ? g.ldy : kWidth;
@@ -85,7 +88,7 @@ void micro_kernel(const BlockArgs& b) {
   const uint8_t* next = b.next;
   const uint8_t* const next_end = b.next + b.next_lines * kTileBytes;
 
-  auto step = [&](Vi (&sums)[kRows][kVecs], int64_t u) __attribute__((always_inline)) {
+  auto step = [&](Vi(&sums)[kRows][kVecs], int64_t u) __attribute__((always_inline)) {
     Isa::W codes[kVecs];
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) {

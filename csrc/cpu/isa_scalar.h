@@ -1,5 +1,5 @@
-// The vector vocabulary in plain C++: four lanes of 32 bits. It runs everywhere, is what the compiler makes of it, and says once what
-// every function of the vocabulary means; the other isa_*.h give the same results bit for bit (muladd excepted, see there).
+// The vector vocabulary in plain C++: four lanes of 32 bits. It runs everywhere, is what the compiler makes of it, and says once
+// what every function of the vocabulary means; the other isa_*.h give the same results bit for bit (muladd excepted, see there).
 #pragma once
 
 #include <cstdint>

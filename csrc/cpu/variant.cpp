@@ -1,5 +1,6 @@
-// Compiled once per instruction set with its flags: TERSOR_ISA is the namespace, TERSOR_ISA_HEADER its vocabulary. The object exports
-// its table and nothing else; no std template may be instantiated here, or the linker could hand its wide code to the baseline.
+// Compiled once per instruction set with its flags: TERSOR_ISA is the namespace, TERSOR_ISA_HEADER its vocabulary. The object
+// exports its table and nothing else; no std template may be instantiated here, or the linker could hand its wide code to the
+// baseline.
 #include TERSOR_ISA_HEADER
 
 #include "epilogue.h"
@@ -17,7 +18,7 @@ const KernelTable table = {
     {quantize_x},
     {widen_x},
     {gemm_w8, Isa::kXBytesPerK > 1 ? Isa::kXBytesPerK : 0},
-    {gemm_f32_w8, kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles* kTileN * 4},
+    {gemm_f32_w8, kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
 };
 
 }  // namespace tersor::TERSOR_ISA

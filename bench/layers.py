@@ -6,6 +6,7 @@ python bench/layers.py [--threads 1] [--csv out.csv] [--quick]
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import click
@@ -63,9 +64,9 @@ class Layers:
         return Point(m, self.k, self.n, seconds["fp32"], seconds[engine], engine, seconds["ours"])
 
 
-def measure(rows: tuple[int, ...] = ROWS, shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[Point]:
+def measure(shapes: Iterable[tuple[int, int]] = SHAPES, rows: tuple[int, ...] = ROWS) -> list[Point]:
     points = []
-    for k, n in track(shapes, "layers", console=Console(stderr=True)):
+    for k, n in shapes:
         layers = Layers(k, n)
         points += [layers.time(m) for m in rows]
     return points
@@ -78,7 +79,8 @@ def measure(rows: tuple[int, ...] = ROWS, shapes: tuple[tuple[int, int], ...] = 
 def main(threads: int, csv_path: str | None, quick: bool) -> None:
     """Time int8 layers, float32 in and out with bias, against fp32 nn.Linear and torch's quantize_dynamic, interleaved."""
     torch.set_num_threads(threads)
-    points = measure((1, 16, 256), SHAPES[:2]) if quick else measure()
+    shapes = track(SHAPES[:2] if quick else SHAPES, "layers", console=Console(stderr=True))
+    points = measure(shapes, (1, 16, 256) if quick else ROWS)
     table = Table(title=f"{machine()}, {threads} thread(s), torch {torch.__version__}, {CAP}, tersor {tersor.info().kernels}")
     for column in ("K x N", "M", "fp32 us", "quantize_dynamic", "tersor us", "tersor", "tersor / quantize_dynamic", "GMAC/s"):
         table.add_column(column, justify="right")

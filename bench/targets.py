@@ -23,7 +23,7 @@ CAP = cap_peers()
 import minilm  # noqa: E402
 import minilm_model  # noqa: E402
 import torch  # noqa: E402
-from layers import ROWS, SHAPES, Layers, Point  # noqa: E402
+from layers import Layers, Point, measure  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -86,12 +86,8 @@ def minilm_speed(batch: int, tokens: int) -> dict[str, float]:
 
 
 @functools.cache
-def layer_points() -> tuple[Point, ...]:
-    points: list[Point] = []
-    for k, n in SHAPES:
-        layers = Layers(k, n)
-        points += [layers.time(m) for m in ROWS]
-    return tuple(points)
+def layer_points() -> list[Point]:
+    return measure()
 
 
 def worst_ratio(few_rows: bool) -> float:

@@ -39,7 +39,8 @@ struct Rows {
 
 // Rows [0, M) of x become s8 rows with one scale each: absmax over the row in f32, inv = 127 / absmax,
 // q = rint(clamp(x * inv, -127, 127)), ties to even, scale = absmax * (1/127f). absmax < 2^-100: q = 0, scale = 0.
-// A row that holds NaN or inf (or whose given absmax is NaN or inf) gets q = 0, scale = NaN. Writes exactly K bytes a row.
+// A given absmax counts by its magnitude. A row that holds NaN or inf (or whose given absmax is NaN or inf) gets q = 0, scale =
+// NaN. Writes exactly K bytes a row.
 struct QuantizeArgs {
   Rows x;
   int64_t M, K;

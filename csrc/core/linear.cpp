@@ -63,6 +63,7 @@ Split split_work(int64_t M, int64_t N, int64_t K) {
   if (work < static_cast<double>(threads) * kMinThreadWork) threads = static_cast<int64_t>(work / kMinThreadWork);
   int64_t rows = M > kSplitRows ? ceil_div(M, kSplitRows) : 1;
   if (rows > threads) rows = threads;
+  while (threads % rows != 0) --rows;  // a thread left over would idle
   int64_t cols = threads / rows;
   if (cols > tiles) cols = tiles;
   return {rows, cols};
@@ -95,15 +96,15 @@ int64_t block_rows(int64_t rows, int64_t bytes_per_row) {
 
 const char* at(const StridedRows& x, int64_t m) { return static_cast<const char*>(x.x) + m * x.stride_m * dtype_bytes(x.dtype); }
 
+template <int64_t kBytes>
+void gather(const char* from, int64_t step_bytes, int64_t K, char* out) {
+  for (int64_t k = 0; k < K; ++k) std::memcpy(out + k * kBytes, from + k * step_bytes, kBytes);
+}
+
 // Contiguous copy of row m, for a last dimension with a stride.
-void gather_row(const StridedRows& x, int64_t m, int64_t K, void* out) {
-  if (dtype_bytes(x.dtype) == 4) {
-    const auto* from = reinterpret_cast<const uint32_t*>(at(x, m));
-    for (int64_t k = 0; k < K; ++k) static_cast<uint32_t*>(out)[k] = from[k * x.stride_k];
-  } else {
-    const auto* from = reinterpret_cast<const uint16_t*>(at(x, m));
-    for (int64_t k = 0; k < K; ++k) static_cast<uint16_t*>(out)[k] = from[k * x.stride_k];
-  }
+void gather_row(const StridedRows& x, int64_t m, int64_t K, char* out) {
+  const int64_t bytes = dtype_bytes(x.dtype);
+  (bytes == 4 ? gather<4> : gather<2>)(at(x, m), x.stride_k * bytes, K, out);
 }
 
 int64_t gather_bytes(const StridedRows& x, int64_t K) { return x.stride_k == 1 ? 0 : round_up(K * 4, 64); }

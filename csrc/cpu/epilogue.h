@@ -122,7 +122,7 @@ inline void activate(Activation activation, float* block, int64_t count) {
     const int64_t at = offset + m * ldy;
     for (int64_t n = 0; n < whole; n += Isa::kLanes) store_as(y, dtype, at + n, Isa::load(row + n));
     if (whole < columns) {
-      float last[Isa::kLanes];
+      alignas(64) char last[Isa::kLanes * 4];  // a value of any dtype in each lane
       store_as(last, dtype, 0, Isa::load(row + whole));
       const int64_t bytes = dtype_bytes(dtype);
       __builtin_memcpy(static_cast<char*>(y) + (at + whole) * bytes, last, static_cast<size_t>((columns - whole) * bytes));

@@ -165,6 +165,7 @@ void run_panel(const FloatGemmArgs& g, const GemmRange& r, int64_t t) {
 
 void gemm_f32_w8(const FloatGemmArgs& g, const GemmRange& r) {
   const int64_t rows = r.m1 - r.m0;
+  if (rows <= 0) return;
   if (rows <= kDirectRows) {
     for (int64_t t = r.t0; t < r.t1; ++t) run_direct<>(g, r.m0, rows, t);
     return;

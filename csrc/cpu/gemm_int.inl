@@ -175,6 +175,7 @@ const char* prepare_x(const int8_t* q, int64_t rows, int64_t k_steps, void* scra
 
 void gemm_w8(const GemmArgs& g, const GemmRange& r) {
   const int64_t rows = r.m1 - r.m0;
+  if (rows <= 0) return;
   const int64_t k_steps = ceil_div(g.K, kTileK8);
   int64_t ldx = g.ldq;
   const char* x = prepare_x<Isa>(g.q + r.m0 * g.ldq, rows, k_steps, r.scratch, &ldx);

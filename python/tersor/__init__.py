@@ -20,16 +20,19 @@ _PUBLIC = {
     "QuantLinear": "nn",
     "dequantize_": "swap",
     "info": "information",
+    "load_": "checkpoint",
     "quantize_": "swap",
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
+    "save": "checkpoint",
 }
-_SUBMODULES = ("formats", "nn", "numpy", "ops")
+_SUBMODULES = ("formats", "nn", "numpy", "ops", "parallel")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import formats, nn, numpy, ops
+    from . import formats, nn, numpy, ops, parallel
+    from .checkpoint import load_, save
     from .formats import Int8Dynamic, Int8WeightOnly
     from .information import info
     from .nn import QuantLinear

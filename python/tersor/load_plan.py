@@ -14,11 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from .formats import Format, decode_tag
 from .nn import QuantLinear
+from .swap import has_hooks
 
 logger = logging.getLogger("tersor")
 
 TAG = "_extra_state"  # nn.Module's name in a state_dict for what get_extra_state returns
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SHOWN = 20  # names or lines in one message
 
 
@@ -265,7 +265,7 @@ def _unfit(layer: _Layer, module: nn.Module | None, prefix: str) -> str | None:
             return f"{it}, {type(module).__name__} in the model, expected nn.Linear or QuantLinear"
         if not prefix:
             return f"{it}; the model is an nn.Linear itself, which cannot be replaced in place, pass a tersor.QuantLinear"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if has_hooks(module):
             return f"{it}; the model's nn.Linear has hooks, which replacing it would lose: register them after load_"
     if (layer.n, layer.k) != (module.out_features, module.in_features):
         return f"{it}, out_features={module.out_features}, in_features={module.in_features} in the model"

@@ -216,10 +216,16 @@ class _Style(ParallelStyle):
 
     layer: ClassVar[type[_ParallelQuantLinear]]
 
-    def __init__(self, input_layouts: Placement, output_layouts: Placement, use_local_output: bool) -> None:
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
         super().__init__()
-        self.input_layouts = input_layouts
-        self.output_layouts = output_layouts
+        self.input_layouts = input_layouts or self.layer._x_placement
+        self.output_layouts = output_layouts or self.layer._y_placement
         self.use_local_output = use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -269,15 +275,6 @@ class ColwiseParallel(_Style):
 
     layer = _ColwiseQuantLinear
 
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(input_layouts or Replicate(), output_layouts or Shard(-1), use_local_output)
-
 
 class RowwiseParallel(_Style):
     """Splits the input channels of a QuantLinear, x with them: each rank sums over its slice of K and the sums are added.
@@ -293,12 +290,3 @@ class RowwiseParallel(_Style):
     """
 
     layer = _RowwiseQuantLinear
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(input_layouts or Shard(-1), output_layouts or Replicate(), use_local_output)

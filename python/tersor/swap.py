@@ -21,6 +21,8 @@ logger = logging.getLogger("tersor")
 Config = Format | Mapping[str, "Format | None"]
 Filter = Callable[[nn.Module, str], bool]
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -62,7 +64,7 @@ def quantize_(
         if not torch.isfinite(linear.weight.detach()).all():
             raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
     _swap_all(places, device, progress)
-    _disable_fast_paths(model)
+    disable_fast_paths(model)
     return model
 
 
@@ -250,10 +252,14 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
     return places
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a layer carries hooks, which replacing it would lose."""
+    return any(getattr(layer, hooks) for hooks in _HOOKS)
+
+
 def _unfit(layer: nn.Module) -> str | None:
     """What a layer carries that a swap would lose, or None."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(layer, hook) for hook in hooks):
+    if has_hooks(layer):
         return "hooks"
     if "weight" not in layer._parameters:
         return "no plain weight (pruned or re-parametrised)"
@@ -315,7 +321,7 @@ def _tracked(places: list[_Place], progress: bool) -> Iterable[_Place]:
     return track(places, "quantizing layers", console=Console(stderr=True))
 
 
-def _disable_fast_paths(model: nn.Module) -> None:
+def disable_fast_paths(model: nn.Module) -> None:
     """nn.TransformerEncoder(Layer)'s eval fast path reads linear1.weight itself; it must not, once that is packed."""
     touched = 0
     for module in model.modules():

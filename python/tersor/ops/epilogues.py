@@ -8,16 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_LOWEST = -1000.0  # every one of these functions is 0 there; torch's own give NaN at -inf, where the limit is 0
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x.clamp(min=_LOWEST))
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(x.clamp(min=_LOWEST), approximate="tanh")
+
+
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x.clamp(min=_LOWEST))
 
 
 EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
-    "gelu": F.gelu,
+    "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
-    "silu": F.silu,
+    "silu": _silu,
 }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _LOWEST = -1000.0  # every one of these functions is 0 there; torch's own give NaN at -inf, where the limit is 0
 
 

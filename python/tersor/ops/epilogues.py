@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LOWEST = -1000.0  # every one of these functions is 0 there; torch's own give NaN at -inf, where the limit is 0
+_FAR = 1000.0  # beyond it these functions are 0 or x to the last bit
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x.clamp(min=_LOWEST))
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x.clamp(min=_LOWEST), approximate="tanh")
-
-
-def _silu(x: Tensor) -> Tensor:
-    return F.silu(x.clamp(min=_LOWEST))
+def _with_limits(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """f with its limits where x is huge or infinite: torch's own functions give NaN or inf for some such values. NaN is kept."""
+    return lambda x: torch.where(x > _FAR, x, f(x.clamp(-_FAR, _FAR)))
 
 
 EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "silu": _silu,
+    "gelu": _with_limits(F.gelu),
+    "gelu_tanh": _with_limits(partial(F.gelu, approximate="tanh")),
+    "silu": _with_limits(F.silu),
 }
 
 

@@ -109,7 +109,13 @@ def test_any_strides(m: int, n: int, k: int, dtype: torch.dtype, layout: str, se
     for got, want in zip(ops.quantize_rows(x), ops.quantize_rows.reference(plain), strict=True):
         assert_equal(got, want)
     assert_equal(ops.linear_dynamic(x, tiles, scale, None), ops.linear_dynamic(plain, tiles, scale, None))
-    assert_equal(ops.linear_weight_only(x, tiles, scale, None), ops.linear_weight_only(plain, tiles, scale, None))
+    got, want = ops.linear_weight_only(x, tiles, scale, None), ops.linear_weight_only(plain, tiles, scale, None)
+    if ops.NATIVE:
+        assert_equal(got, want)  # the kernels sum in one order whatever the layout
+    else:
+        # torch.mm takes another order for other strides and alignments: class F on both sides, and two stores
+        size = plain.double().abs() @ w.double().abs().t() * scale.double()
+        assert_within(got, want, 2 * (k + 4) * EPS[torch.float32] * size + 2 * EPS[dtype] * want.double().abs() + 1e-30)
     q, _, row_sum = ops.quantize_rows.reference(x)
     padded = torch.full((*q.shape[:-1], k + 5), 77, dtype=torch.int8)[..., :k]  # rows with a stride of their own
     padded.copy_(q)

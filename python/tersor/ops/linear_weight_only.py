@@ -36,7 +36,7 @@ def linear_weight_only(
     """
     _check(x, weight_packed, weight_scale, bias, epilogue)
     n, k = weight_scale.shape[0], x.shape[-1]
-    xf = as_rows(x).float().contiguous()  # strides would choose another order of the sums
+    xf = as_rows(x).float()
     y = torch.empty((xf.shape[0], n), dtype=torch.float32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for t in range(0, weight_packed.shape[0], _BLOCK_TILES):

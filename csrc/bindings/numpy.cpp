@@ -185,7 +185,7 @@ py::tuple epilogues() {
 
 }  // namespace
 
-PYBIND11_MODULE(_numpy, m) {
+PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.attr("__version__") = TERSOR_VERSION;
   m.def("cpu_info", &cpu_info);
   m.def("epilogues", &epilogues);

@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-full targets dev bench fmt lint wheel install clean
+.PHONY: demo test test-full targets dev bench peers fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
@@ -18,11 +18,14 @@ test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
 test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long fuzzing
 	$(BIN)/python tests/run.py --full
 
-targets: install  ## measure every figure this project promises
+targets: install peers  ## measure every figure this project promises
 	$(BIN)/python bench/targets.py
 
-bench: install
-	$(BIN)/python bench/layers.py
+bench: install peers  ## int8 layers against every int8 peer
+	$(BIN)/python bench/compare.py
+
+peers: $(VENV)/.ready
+	$(BIN)/pip install -q "$(TORCH)" -r bench/requirements.txt
 
 dev: $(VENV)/.ready  ## editable install that rebuilds on import
 	$(BIN)/pip install -q --no-build-isolation -e .

@@ -19,16 +19,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from timing import (
-    PEER_CAP,
-    Timing,
-    cap_peers,
-    interleaved,
-    machine,
-    quantize_dynamic_engines,
-    torch_quantize_dynamic,
-    torch_threads,
-)
+
+from tersor.bench.timing import PEER_CAP, Timing, cap_peers, interleaved, machine_name, torch_threads
 
 if TYPE_CHECKING:
     from minilm_model import Embeddings, Texts
@@ -76,6 +68,8 @@ def measure_speed(
 
 def best_torch_engine(model: nn.Module, threads: int) -> tuple[str, dict[str, float]]:
     """(engine, seconds of each: geometric mean over SHAPES of the best of a few calls)."""
+    from tersor.bench.peers import quantize_dynamic_engines, torch_quantize_dynamic
+
     models = {engine: torch_quantize_dynamic(model, engine) for engine in quantize_dynamic_engines()}
     runs = [measure_speed(models, batch, tokens, rounds=4, threads=threads, slice_s=0.05) for batch, tokens in SHAPES]
     seconds = {engine: math.exp(statistics.fmean(math.log(run[engine][0]) for run in runs)) for engine in models}
@@ -191,6 +185,8 @@ def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool
     step("choosing torch's engine", 0)
     engine, engine_s = best_torch_engine(fp32, threads)
     step("quantising")
+    from tersor.bench.peers import torch_quantize_dynamic
+
     models = {FP32: fp32, TORCH: torch_quantize_dynamic(fp32, engine)}
     if per_channel:
         models[TORCH_CHANNEL] = torch_quantize_dynamic(fp32, engine, per_channel=True)
@@ -216,7 +212,7 @@ def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool
             step(f"embedding: {name}")
 
     facts = {
-        "cpu": machine(),
+        "cpu": machine_name(),
         "torch": torch.__version__,
         "tersor": tersor.__version__,
         "tersor_variant": tersor_variant(),
@@ -277,7 +273,7 @@ def main(
 
     console = Console()
     versions = f"torch {torch.__version__}, threads: {threads}, Tersor kernels: {variant}"
-    console.print(f"{machine()}; {versions}\n{onednn}", soft_wrap=True)
+    console.print(f"{machine_name()}; {versions}\n{onednn}", soft_wrap=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     # No refresh from a second thread: it would run inside the timed calls.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:

@@ -3,6 +3,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <string>
+
 #include "../core/linear.h"
 #include "check.h"
 
@@ -175,6 +180,28 @@ py::dict cpu_info() {
   return info;
 }
 
+// (work, seconds) of a loop of limits.inl; `data` is what "read" reads.
+py::tuple run_limit(const std::string& what, int64_t iterations, const py::array& data) {
+  constexpr const char* kName = "run_limit";
+  const auto& table = tersor::table_or_throw();
+  const char* const names[] = {"int8", "f32", "popcount", "read"};
+  const auto at = std::find(std::begin(names), std::end(names), what);
+  if (at == std::end(names)) fail(kName, "what is '", what, "', expected int8, f32, popcount or read");
+  if (!(data.flags() & py::array::c_style)) fail(kName, "data is not C-contiguous");
+  const auto limit = static_cast<tersor::Limit>(at - std::begin(names));
+  const void* bytes = data.data();
+  const int64_t size = data.nbytes();
+  int64_t work = 0;
+  std::chrono::duration<double> taken{};
+  {
+    py::gil_scoped_release unlocked;
+    const auto start = std::chrono::steady_clock::now();
+    work = table.limits.run(limit, iterations, bytes, size);
+    taken = std::chrono::steady_clock::now() - start;
+  }
+  return py::make_tuple(work, taken.count());
+}
+
 py::tuple epilogues() {
   py::list names;
 #define TERSOR_EPILOGUE_ROW(name) names.append(#name);
@@ -189,6 +216,7 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.attr("__version__") = TERSOR_VERSION;
   m.def("cpu_info", &cpu_info);
   m.def("epilogues", &epilogues);
+  m.def("run_limit", &run_limit);
   m.def("quantize_rows", &quantize_rows, py::arg("x"), py::arg("absmax") = py::none());
   m.def("linear_dynamic", &linear_dynamic);
   m.def("linear_weight_only", &linear_weight_only);

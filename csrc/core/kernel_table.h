@@ -108,12 +108,20 @@ struct WidenX {
   void (*run)(const void* x, Dtype dtype, int64_t n, float* out);  // exact conversion to f32
 };
 
+// Loops that show what the machine can do at most, see csrc/cpu/limits.inl. Returns the work done: multiply-adds (of bits for
+// popcount), or bytes read of data[0, bytes).
+enum class Limit : int32_t { int8, f32, popcount, read };
+struct Limits {
+  int64_t (*run)(Limit what, int64_t iterations, const void* data, int64_t bytes);
+};
+
 // One list of what a variant can fill; dispatch resolves each entry by itself, info() and the tests walk the same list.
 #define TERSOR_KERNEL_ENTRIES(X) \
   X(QuantizeX, quantize_x)       \
   X(WidenX, widen_x)             \
   X(IntGemm, gemm_w8)            \
-  X(FloatGemm, gemm_f32_w8)
+  X(FloatGemm, gemm_f32_w8)      \
+  X(Limits, limits)
 
 struct KernelTable {
   const char* isa;

@@ -111,6 +111,20 @@ struct Isa {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w.odd, x.odd));
   }
 
+  static Vi popcount(Vi a) {
+    // the bits of each half byte from a table, bytes to pairs, pairs to words
+    const Vi table =
+        _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const Vi low = _mm256_set1_epi8(15);
+    const Vi bytes = _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(a, low)),
+                                     _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(a, 4), low)));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
+  }
+  static void opaque(Vi& v) { __asm__ volatile("" : "+x"(v)); }
+  static void opaque(Vf& v) { __asm__ volatile("" : "+x"(v)); }
+  static void opaque(W& w) { __asm__ volatile("" : "+x"(w.even), "+x"(w.odd)); }
+  static void opaque(X& x) { __asm__ volatile("" : "+x"(x.even), "+x"(x.odd)); }
+
   // 16 registers hold 4 rows x 1 tile: 8 accumulators, 4 halves of codes, 2 of x, one product.
   static constexpr int kMaxRows = 4;
   static constexpr int max_tiles(int rows) { return rows == 1 ? 2 : 1; }

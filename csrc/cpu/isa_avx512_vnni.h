@@ -74,6 +74,17 @@ struct Isa {
   }
   static Vi dot4(Vi acc, W w, X x) { return _mm512_dpbusd_epi32(acc, w, x); }
 
+  static Vi popcount(Vi a) {
+    // the bits of each half byte from a table, bytes to words with a product by one
+    const Vi table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    const Vi low = _mm512_set1_epi8(15);
+    const Vi bytes = _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(a, low)),
+                                     _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(a, 4), low)));
+    return _mm512_dpbusd_epi32(zero_i(), bytes, _mm512_set1_epi8(1));
+  }
+  static void opaque(Vi& v) { __asm__ volatile("" : "+v"(v)); }
+  static void opaque(Vf& v) { __asm__ volatile("" : "+v"(v)); }
+
   // Register blocks, rows x tiles of 16 channels. 32 registers hold 8 x 3 accumulators, 3 tiles and a broadcast. Few rows take four
   // tiles and, up to two rows, two sets of accumulators: at least 8 sums in flight cover the latency of vpdpbusd (4-5 cycles).
   static constexpr int kMaxRows = 8;

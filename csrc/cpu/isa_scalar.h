@@ -56,6 +56,10 @@ struct Isa {
   static Vi xor_i(Vi a, Vi b) {
     return each_i([&](int i) { return a.v[i] ^ b.v[i]; });
   }
+  // Set bits of each lane.
+  static Vi popcount(Vi a) {
+    return each_i([&](int i) { return __builtin_popcount(u(a.v[i])); });
+  }
   // a > b ? yes : no, lane by lane, signed.
   static Vi select_gt(Vi a, Vi b, Vi yes, Vi no) {
     return each_i([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });
@@ -159,6 +163,12 @@ struct Isa {
                           static_cast<int32_t>(c >> 16 & 255) * x.k[2] + static_cast<int32_t>(c >> 24) * x.k[3];
       return u(acc.v[i]) + u(sum);
     });
+  }
+
+  // Hides a value from the optimiser; for loops that measure (limits.inl).
+  template <typename T>
+  static void opaque(T& value) {
+    __asm__ volatile("" : "+m"(value));
   }
 
   // Register blocks: rows x tiles of the integer and of the float GEMM, and how many sets of accumulators share the k steps.

@@ -8,6 +8,7 @@
 #include "quantize_x.inl"
 #include "gemm_int.inl"
 #include "gemm_float.inl"
+#include "limits.inl"
 // clang-format on
 
 namespace tersor::TERSOR_ISA {
@@ -19,6 +20,7 @@ const KernelTable table = {
     {widen_x},
     {gemm_w8, Isa::kXBytesPerK > 1 ? Isa::kXBytesPerK : 0},
     {gemm_f32_w8, kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
+    {run_limit},
 };
 
 }  // namespace tersor::TERSOR_ISA

@@ -8,6 +8,7 @@ import json
 import click
 
 from . import __version__
+from .bench.cli import bench
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,6 +31,9 @@ def info(as_json: bool) -> None:
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
     click.echo(json.dumps(dataclasses.asdict(facts), indent=2) if as_json else str(facts))
+
+
+main.add_command(bench)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""`tersor bench`: what the kernels reach on the machine at hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .timing import cap_peers, machine_name
+
+T = TypeVar("T")
+
+
+class Numbers(click.ParamType):
+    """Comma-separated whole numbers above 0."""
+
+    name = "number,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,16,256", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{value!r} holds a number below 1", param, ctx)
+        return numbers
+
+
+def _output_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """Refused before anything is measured, not after."""
+    if value is None:
+        return None
+    path = Path(value)
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise click.BadParameter(f"{value!r} cannot be written", ctx, param)
+    return path
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def bench() -> None:
+    """Measure kernels on this machine, in percent of its own limits.
+
+    Set TERSOR_ISA to measure another instruction set, e.g. TERSOR_ISA=avx2.
+    """
+
+
+def _or_exit(f: Callable[[], T]) -> T:
+    try:
+        return f()
+    except (RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _measured_machine(fresh: bool) -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .machine import steps, this_machine, usable_cores
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("limits of this machine", total=steps(1 if usable_cores() == 1 else 2))
+        return _or_exit(lambda: this_machine(fresh, on_step=lambda: progress.advance(task)))
+
+
+@bench.command()
+@click.option("--fresh", is_flag=True, help="Measure again, even if the limits are known.")
+@click.option("--json", "as_json", is_flag=True, help="Print the limits as JSON, for programs.")
+def machine(fresh: bool, as_json: bool) -> None:
+    """Show what this machine can do at most: arithmetic and read bandwidth.
+
+    Measured in a few seconds the first time, kept in the user's cache folder.
+    """
+    import dataclasses
+    import json
+
+    limits = _measured_machine(fresh)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(limits), indent=1))
+        return
+    from rich.console import Console
+
+    from .output import machine_table
+
+    Console().print(machine_table(limits))
+
+
+@bench.command()
+@click.option("--format", "format_name", default="int8-dynamic", show_default=True, help="Format of our layer; see --help below.")
+@click.option("--m", "rows", type=Numbers(), default="1,16,256", show_default=True, help="Rows of the input.")
+@click.option("--k", type=Numbers(), help="Input features. Every K is combined with every N.")
+@click.option("--n", type=Numbers(), help="Output features.")
+@click.option("--shapes", help="Layers of a known model: minilm, bert, smollm, llama.")
+@click.option("--model", help="Layers of your own model: module:factory, a function that takes nothing and returns it.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--against", default="fp32,quantize-dynamic", show_default=True, help="Contenders; ratios are to the first. 'none': ours alone."
+)
+@click.option("--rounds", type=click.IntRange(3), default=7, show_default=True, help="Times each contender is measured.")
+@click.option("--unrestricted", is_flag=True, help="Let oneDNN use AMX and AVX512-BF16 where this CPU has them.")
+@click.option("--fresh-limits", is_flag=True, help="Measure the machine's limits again first.")
+@click.option("--json", "json_path", callback=_output_file, metavar="FILE", help="Write everything as JSON.")
+@click.option("--csv", "csv_path", callback=_output_file, metavar="FILE", help="Write the rows as CSV.")
+@click.option("--plot", "plot_path", callback=_output_file, metavar="FILE", help="Draw a roofline (png, svg or pdf).")
+def linear(
+    format_name: str,
+    rows: tuple[int, ...],
+    k: tuple[int, ...] | None,
+    n: tuple[int, ...] | None,
+    shapes: str | None,
+    model: str | None,
+    dtype: str,
+    threads: int,
+    against: str,
+    rounds: int,
+    unrestricted: bool,
+    fresh_limits: bool,
+    json_path: Path | None,
+    csv_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Time linear layers: ours, the kernel alone, and others, interleaved.
+
+    \b
+    tersor bench linear --m 1,16,256 --k 4096 --n 4096
+    tersor bench linear --shapes bert --threads 2 --plot roofline.png
+    tersor bench linear --model my_package.models:build --against fp32
+
+    "of limit" is the time that this machine's own limits allow for the shape (arithmetic, or reading the weights from the level of
+    memory that holds them) over the time taken.
+    """
+    # Called from a program that has torch loaded already, oneDNN has made its choice.
+    cap = "oneDNN: as the calling program set it" if "torch" in sys.modules else cap_peers(unrestricted)
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .. import __version__
+    from ..formats import FORMATS
+    from .layers import DTYPES, SHAPES, Bench, shapes_of_model
+    from .output import layers_table, plot_roofline, write_csv, write_json
+    from .peers import expand
+
+    if format_name not in FORMATS:
+        raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(FORMATS)}", param_hint="--format")
+    if sum(option is not None for option in (shapes, model, k or n)) > 1:
+        raise click.UsageError("--shapes, --model and --k/--n exclude each other")
+    if shapes is not None and shapes not in SHAPES:
+        raise click.BadParameter(f"{shapes!r}, expected one of: {', '.join(SHAPES)}", param_hint="--shapes")
+    if model is not None:
+        layers = _or_exit(lambda: shapes_of_model(model))
+    else:
+        layers = SHAPES[shapes] if shapes else tuple((a, b) for a in k or (4096,) for b in n or (4096,))
+    names = [] if against == "none" else [name.strip() for name in against.split(",")]
+    _or_exit(lambda: expand(names))
+
+    limits = _measured_machine(fresh_limits)
+    run = Bench(layers, rows, FORMATS[format_name](), DTYPES[dtype], threads, tuple(names), rounds)
+    measured = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("layers", total=len(run.cases()))
+        for row in _or_exit(lambda: run.run(limits, on_case=lambda: progress.advance(task))):
+            measured.append(row)
+    facts = {
+        "cpu": machine_name(),
+        "isa": limits.isa,
+        "threads": threads,
+        "torch": torch.__version__,
+        "tersor": __version__,
+        "peers": cap,
+        "noise": run.noise.warning(),
+        "skipped": run.skipped,
+    }
+    title = f"{facts['cpu']}, {limits.isa}, {threads} thread(s), {dtype}, torch {torch.__version__}, {format_name}; {cap}"
+    # A pipe or a file has no width of its own: wide enough for the table.
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console.print(layers_table(measured, title))
+    for reason in run.skipped:
+        click.echo(f"skipped: {reason}")
+    if facts["noise"]:
+        click.echo(f"warning: {facts['noise']}", err=True)
+    if json_path:
+        write_json(json_path, measured, facts)
+    if csv_path:
+        write_csv(csv_path, measured)
+    if plot_path:
+        _or_exit(lambda: plot_roofline(plot_path, measured, limits.with_threads(threads), title))

@@ -1,0 +1,194 @@
+"""`tersor bench linear`: layers of given shapes, ours against others, each in percent of what this machine can do."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..formats import Format, Int8Dynamic
+from ..nn import QuantLinear
+from .machine import Limits, Machine
+from .peers import PEERS, Missing, expand, make_peer
+from .timing import Noise, Timing, interleaved, torch_threads
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# (K, N) of the linear layers of well-known models.
+SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+    "minilm": ((384, 384), (384, 1536), (1536, 384)),  # all-MiniLM-L6-v2
+    "bert": ((768, 768), (768, 3072), (3072, 768)),  # bert-base
+    "smollm": ((576, 576), (576, 192), (576, 1536), (1536, 576)),  # SmolLM2-135M
+    "llama": ((4096, 4096), (4096, 11008), (11008, 4096)),  # Llama-2-7B
+}
+
+OURS, KERNEL = "tersor", "tersor kernel"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape. gmacs: GMAC/s; gbytes: GB/s of weights, x and y; of_limit: time the limit allows / time taken."""
+
+    k: int
+    n: int
+    m: int
+    dtype: str
+    threads: int
+    name: str
+    timing: Timing
+    ratio: float  # time of the baseline / time of this
+    gmacs: float
+    gbytes: float
+    of_limit: float
+    limited_by: str  # "int8", "f32", or the level of memory the weights come from
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "K": self.k,
+            "N": self.n,
+            "M": self.m,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "contender": self.name,
+            "min_us": round(self.timing.best * 1e6, 3),
+            "median_us": round(self.timing.median * 1e6, 3),
+            "ratio": round(self.ratio, 4),
+            "gmacs": round(self.gmacs, 2),
+            "gbytes_per_s": round(self.gbytes, 2),
+            "of_limit": round(self.of_limit, 4),
+            "limited_by": self.limited_by,
+        }
+
+
+@dataclass
+class Bench:
+    """What to measure: each (K, N) of `shapes` at each M of `rows`, contenders `against` (the first is the baseline) and ours."""
+
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...] = (1, 16, 256)
+    format: Format = field(default_factory=Int8Dynamic)
+    dtype: torch.dtype = torch.float32
+    threads: int = 1
+    against: tuple[str, ...] = ("fp32",)
+    rounds: int = 7
+    seconds: float = 0.02
+    skipped: list[str] = field(default_factory=list)  # peers that could not take part, with the reason
+    noise: Noise = field(default_factory=Noise)
+
+    def cases(self) -> list[tuple[int, int, int]]:
+        """(K, N, M) of every case."""
+        return [(k, n, m) for (k, n), m in itertools.product(self.shapes, self.rows)]
+
+    @torch.inference_mode()
+    def run(self, machine: Machine, on_case: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """Rows case by case, as they are measured."""
+        limits = machine.with_threads(self.threads)
+        names = expand(list(self.against))
+        with torch_threads(self.threads):
+            for k, n in self.shapes:
+                torch.manual_seed(0)
+                linear = nn.Linear(k, n).eval()
+                ours = QuantLinear.from_linear(linear, self.format)
+                for m in self.rows:
+                    yield from self._case(linear, ours, m, names, machine, limits)
+                    on_case()
+
+    def _case(
+        self, linear: nn.Linear, ours: QuantLinear, m: int, names: list[str], machine: Machine, limits: Limits
+    ) -> Iterator[Row]:
+        n, k = linear.weight.shape
+        x = torch.randn(m, k).to(self.dtype)
+        contenders: dict[str, Callable[[], object]] = {}
+        for name in names:
+            try:
+                layer = make_peer(name, linear, x)
+            except Missing as reason:
+                if str(reason) not in self.skipped:
+                    self.skipped.append(str(reason))
+                continue
+            contenders[name] = lambda layer=layer: layer(x)  # type: ignore[misc]
+        contenders[OURS] = lambda: ours(x)
+        contenders[KERNEL] = kernel_only(ours, x)
+        # Threads that wait for each other are idle without a neighbour's doing.
+        noise = self.noise if self.threads == 1 else None
+        timings = interleaved(contenders, self.rounds, self.seconds, noise=noise)
+        baseline = timings[next(iter(contenders))].best
+        item = x.element_size()
+        for name, timing in timings.items():
+            is_ours = name in (OURS, KERNEL)
+            weights = stored_bytes(ours) if is_ours else n * k * (item if PEERS[name].limit == "f32" else 1)
+            arithmetic = self._arithmetic() if is_ours else PEERS[name].limit
+            moved = weights + m * (k + n) * item
+            macs = m * n * k
+            level = machine.level(weights // self.threads if level_is_private(machine, weights, self.threads) else weights)
+            bounds = {arithmetic: macs / (getattr(limits, arithmetic) * 1e9), level: moved / (limits.read[level] * 1e9)}
+            limited_by = max(bounds, key=lambda b: bounds[b])
+            yield Row(
+                k,
+                n,
+                m,
+                str(self.dtype).removeprefix("torch."),
+                self.threads,
+                name,
+                timing,
+                baseline / timing.best,
+                macs / timing.best / 1e9,
+                moved / timing.best / 1e9,
+                bounds[limited_by] / timing.best,
+                limited_by,
+            )
+
+    def _arithmetic(self) -> str:
+        return "f32" if self.format.op is ops.linear_weight_only else "int8"
+
+
+def level_is_private(machine: Machine, weights: int, threads: int) -> bool:
+    """Whether each thread's share of the weights fits into a cache of its own."""
+    return machine.level(weights // threads) in ("L1", "L2")
+
+
+def stored_bytes(layer: QuantLinear) -> int:
+    """Bytes of everything the layer stores."""
+    return sum(t.numel() * t.element_size() for t in [*layer.parameters(), *layer.buffers()])
+
+
+def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object]:
+    """The matrix product alone: rows already quantised where the format quantises them, no module around the op."""
+    parameters, buffers = layer._parameters, layer._buffers
+    weight_packed, weight_scale = parameters["weight_packed"], buffers["weight_scale"]
+    if layer.format.op is ops.linear_weight_only:
+        raw = ops.linear_weight_only.raw
+        return lambda: raw(x, weight_packed, weight_scale, layer.bias)
+    q, scale, row_sum = ops.quantize_rows(x)
+    linear_s8 = ops.linear_s8.raw
+    return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype)
+
+
+def shapes_of_model(name: str) -> tuple[tuple[int, int], ...]:
+    """(K, N) of the distinct nn.Linear layers of `module:factory`'s model; the factory takes no arguments."""
+    module_name, _, factory_name = name.partition(":")
+    if not module_name or not factory_name:
+        raise ValueError(f"model is {name!r}, expected module:factory")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {name!r}: {error}") from None
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name!r} made {type(model).__name__}, expected an nn.Module")
+    return linear_shapes(model.modules())
+
+
+def linear_shapes(modules: Iterable[nn.Module]) -> tuple[tuple[int, int], ...]:
+    found: dict[tuple[int, int], None] = {}
+    for module in modules:
+        if isinstance(module, nn.Linear | QuantLinear):
+            found[(module.in_features, module.out_features)] = None
+    if not found:
+        raise ValueError("the model has no linear layers")
+    return tuple(found)

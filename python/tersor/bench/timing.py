@@ -1,0 +1,159 @@
+"""Interleaved timing in one process: every contender is called in turn, round after round, so that a drift of the machine's speed
+meets them all. Ratios are of minima; medians stand beside them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+# Without AMX or AVX512-BF16 in play everyone computes with the same instructions; must be set before torch is imported.
+PEER_CAP = "AVX512_CORE_VNNI"
+
+
+def cpu_flags() -> set[str]:
+    """The feature flags of this CPU as Linux names them; empty where it does not say."""
+    return set(_cpu_facts("flags", "Features").split())
+
+
+def cpu_name() -> str:
+    """The CPU's own name."""
+    return _cpu_facts("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_facts(*keys: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":", 1)[0].strip() in keys), "")
+
+
+def machine_name() -> str:
+    """For the header of a table."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
+
+
+def cap_peers(unrestricted: bool = False) -> str:
+    """Holds oneDNN to AVX512-VNNI where the CPU has more; returns what was done, for the header of a table.
+
+    Must run before torch is imported. A value the caller has set stays.
+    """
+    wider = sorted({"amx_int8", "amx_bf16", "avx512_bf16"} & cpu_flags())
+    given = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    if given:
+        return f"oneDNN: ONEDNN_MAX_CPU_ISA={given} was given"
+    if not wider:
+        return "oneDNN: its own choice; this CPU has neither AMX nor AVX512-BF16"
+    if unrestricted:
+        return f"oneDNN: unrestricted, may use {', '.join(wider)}"
+    if "torch" in sys.modules:
+        raise RuntimeError("cap_peers: torch is already imported; call this before, or set ONEDNN_MAX_CPU_ISA outside")
+    os.environ["ONEDNN_MAX_CPU_ISA"] = PEER_CAP
+    return f"oneDNN: held at {PEER_CAP} (this CPU also has {', '.join(wider)})"
+
+
+class Timing(NamedTuple):
+    best: float  # seconds a call
+    median: float
+
+
+class Noise:
+    """Notices a machine that is not ours alone, from what the measurements themselves show.
+
+    A thread that computes has CPU time as long as it runs: where wall time is longer, another process had the core. And the same
+    work takes the same time while the clock stays: where a contender's rounds spread, it did not.
+    """
+
+    LOST = 0.03  # share of the time another process may have had
+    SPREAD = 0.15  # how far the median round may lie above the fastest, in the middle of all contenders
+
+    def __init__(self) -> None:
+        self.wall = 0.0
+        self.cpu = 0.0
+        self.spreads: list[float] = []
+
+    def add(self, wall: float, cpu: float) -> None:
+        self.wall += wall
+        self.cpu += cpu
+
+    @property
+    def lost(self) -> float:
+        """Share of the wall time in which this thread did not run."""
+        return max(0.0, 1 - self.cpu / self.wall) if self.wall else 0.0
+
+    @property
+    def spread(self) -> float:
+        """Median over contenders of (median round / best round - 1)."""
+        return sorted(self.spreads)[len(self.spreads) // 2] if self.spreads else 0.0
+
+    def warning(self) -> str | None:
+        """A sentence for people, or None on a quiet machine."""
+        reasons = []
+        if self.lost > self.LOST:
+            reasons.append(f"other work had the core for {self.lost:.0%} of the time")
+        if self.spread > self.SPREAD:
+            reasons.append(f"rounds of the same work differ by {self.spread:.0%}")
+        if not reasons:
+            return None
+        return f"noisy machine: {' and '.join(reasons)}; stop other work and run again, or trust only large ratios"
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    seconds: float = 0.02,
+    on_round: Callable[[], None] | None = None,
+    noise: Noise | None = None,
+) -> dict[str, Timing]:
+    """Times each contender `rounds` times, in turn; one measurement lasts about `seconds`, at least one call, after a warm-up.
+
+    Who begins changes with each round. on_round is called outside the timed parts. `noise` gathers how quiet the machine was; only
+    for contenders that compute on the calling thread, as waiting for another one counts as lost time.
+    """
+    calls: dict[str, int] = {}
+    for name, f in contenders.items():
+        f()
+        f()
+        start = time.perf_counter()
+        f()
+        calls[name] = max(1, int(seconds / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            f = contenders[name]
+            f()  # brings this contender's weights back into the caches the others have taken
+            n = calls[name]
+            cpu = time.thread_time()
+            start = time.perf_counter()
+            for _ in range(n):
+                f()
+            wall = time.perf_counter() - start
+            if noise is not None:
+                noise.add(wall, time.thread_time() - cpu)
+            samples[name].append(wall / n)
+        if on_round:
+            on_round()
+    timings = {name: Timing(min(s), sorted(s)[len(s) // 2]) for name, s in samples.items()}
+    if noise is not None:
+        noise.spreads += [t.median / t.best - 1 for t in timings.values()]
+    return timings
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch.set_num_threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
-"""Peers beyond torch, added to tersor.bench.peers.PEERS on import: int8 weights per channel, activations quantised at run time, each
-called in the cheapest way its package offers. requirements.txt beside this file pins them; what is missing is skipped by name."""
+"""Peers beyond torch, added to tersor.bench.peers.PEERS on import: int8 weights per channel, activations quantised at run time,
+each called in the cheapest way its package offers. requirements.txt beside this file pins them; what is missing is skipped by
+name."""
 
 from __future__ import annotations
 

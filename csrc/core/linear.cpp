@@ -57,9 +57,9 @@ struct Split {
 
 Split split_work(int64_t M, int64_t N, int64_t K) {
   const int64_t tiles = ceil_div(N, kTileN);
-  int64_t threads = thread_pool.threads();
   const double work = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K);
   if (work < static_cast<double>(2 * kMinThreadWork)) return {1, 1};
+  int64_t threads = thread_pool.threads();
   if (work < static_cast<double>(threads) * kMinThreadWork) threads = static_cast<int64_t>(work / kMinThreadWork);
   int64_t rows = M > kSplitRows ? ceil_div(M, kSplitRows) : 1;
   if (rows > threads) rows = threads;

@@ -118,7 +118,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The tiles alone cannot tell K from the next multiple of 4.
-        if x.shape[-1:] != (self.in_features,):
+        if x.dim() == 0 or x.size(-1) != self.in_features:
             raise ValueError(f"QuantLinear: x is {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         # nn.Module.__getattr__ costs a quarter of a microsecond a tensor: a small layer at M = 1 would feel three of them.
         parameters = self._parameters

@@ -75,7 +75,7 @@ py::tuple quantize_rows(const py::array& x, const py::object& absmax) {
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
-    error = tersor::quantize_rows(table, r.M, r.K, r.rows, given, q_out, scale_out, sum_out);
+    error = tersor::quantize_rows(table, r.M, r.K, r.rows, given, nullptr, q_out, scale_out, sum_out);
   }
   tersor::check_memory(kName, error);
   return py::make_tuple(q, scale, row_sum);

@@ -157,9 +157,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor x, OptionalTensor absmax
   Tensor q = empty(r.out_sizes, ScalarType::Char);
   Tensor scale = empty(lead, ScalarType::Float);
   Tensor row_sum = empty(lead, ScalarType::Int);
-  tersor::check_memory(kName, tersor::quantize_rows(table, r.M, r.K, r.rows, given, static_cast<int8_t*>(q.mutable_data_ptr()),
-                                                    static_cast<float*>(scale.mutable_data_ptr()),
-                                                    static_cast<int32_t*>(row_sum.mutable_data_ptr())));
+  tersor::check_memory(
+      kName,
+      tersor::quantize_rows(table, r.M, r.K, r.rows, given, nullptr, static_cast<int8_t*>(q.mutable_data_ptr()),
+                            static_cast<float*>(scale.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())));
   return {q, scale, row_sum};
 }
 

@@ -41,6 +41,7 @@ struct Rows {
 // q = rint(clamp(x * inv, -127, 127)), ties to even, scale = absmax * (1/127f). absmax < 2^-100: q = 0, scale = 0.
 // A given absmax counts by its magnitude. A row that holds NaN or inf (or whose given absmax is NaN or inf) gets q = 0, scale =
 // NaN. Writes exactly K bytes a row.
+// With input_scale no absmax is sought: scale = |input_scale| and inv = 1 / scale for every row, values beyond 127 steps saturate.
 struct QuantizeArgs {
   Rows x;
   int64_t M, K;
@@ -49,6 +50,7 @@ struct QuantizeArgs {
   int64_t ldq;
   float* scale;      // [M]
   int32_t* row_sum;  // [M] sum of q over the row
+  const float* input_scale = nullptr;
 };
 
 // acc[m][n] = sum_k q[m][k] * w[n][k], computed as sum(q * code) - 128 * row_sum modulo 2^32, then

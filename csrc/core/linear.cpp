@@ -113,16 +113,18 @@ void gather_row(const StridedRows& x, int64_t m, int64_t K, char* out) {
 int64_t gather_bytes(const StridedRows& x, int64_t K) { return x.stride_k == 1 ? 0 : round_up(K * 4, 64); }
 
 // Quantises rows [m0, m1); `row` holds one gathered row.
-void quantize_block(const KernelTable& kt, const StridedRows& x, int64_t m0, int64_t m1, int64_t K, const float* absmax, int8_t* q,
-                    int64_t ldq, float* scale, int32_t* row_sum, char* row) {
+void quantize_block(const KernelTable& kt, const StridedRows& x, int64_t m0, int64_t m1, int64_t K, const float* absmax,
+                    const float* input_scale, int8_t* q, int64_t ldq, float* scale, int32_t* row_sum, char* row) {
   if (x.stride_k == 1) {
-    kt.quantize_x.run({{at(x, m0), x.dtype, x.stride_m}, m1 - m0, K, absmax ? absmax + m0 : nullptr, q, ldq, scale, row_sum});
+    kt.quantize_x.run(
+        {{at(x, m0), x.dtype, x.stride_m}, m1 - m0, K, absmax ? absmax + m0 : nullptr, q, ldq, scale, row_sum, input_scale});
     return;
   }
   for (int64_t m = m0; m < m1; ++m) {
     gather_row(x, m, K, row);
     const int64_t i = m - m0;
-    kt.quantize_x.run({{row, x.dtype, K}, 1, K, absmax ? absmax + m : nullptr, q + i * ldq, ldq, scale + i, row_sum + i});
+    kt.quantize_x.run(
+        {{row, x.dtype, K}, 1, K, absmax ? absmax + m : nullptr, q + i * ldq, ldq, scale + i, row_sum + i, input_scale});
   }
 }
 
@@ -138,8 +140,8 @@ void* row_of(const Output& out, int64_t m, int64_t N) { return static_cast<char*
 
 }  // namespace
 
-const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const StridedRows& x, const float* absmax, int8_t* q,
-                          float* scale, int32_t* row_sum) {
+const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const StridedRows& x, const float* absmax,
+                          const float* input_scale, int8_t* q, float* scale, int32_t* row_sum) {
   if (M == 0) return nullptr;
   constexpr int64_t kWorkPerElement = 64;  // a row element costs about as much as this many int8 multiply-adds
   Split split = split_work(M, kWorkPerElement, K);
@@ -149,7 +151,7 @@ const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const Str
   if (slice && !scratch) return kOutOfMemory;
   auto piece = [&](int64_t i) {
     const Rectangle r = piece_of(split, M, kTileN, i);
-    quantize_block(kt, x, r.m0, r.m1, K, absmax, q + r.m0 * K, K, scale + r.m0, row_sum + r.m0, scratch + i * slice);
+    quantize_block(kt, x, r.m0, r.m1, K, absmax, input_scale, q + r.m0 * K, K, scale + r.m0, row_sum + r.m0, scratch + i * slice);
   };
   parallel_for(split.pieces(), piece);
   return nullptr;
@@ -176,7 +178,7 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
-      quantize_block(kt, x, m, m + rows, w.K, nullptr, q, ldq, scale, row_sum, row);
+      quantize_block(kt, x, m, m + rows, w.K, nullptr, w.input_scale, q, ldq, scale, row_sum, row);
       // What the last k step reads past K meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
       for (int64_t j = 0; j < rows; ++j) std::memset(q + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
       const GemmArgs args{

@@ -10,6 +10,7 @@ struct LinearWeights {
   int64_t N, K;
   const uint8_t* weight_packed;
   const float* weight_scale;  // [N]; may be null where y_dtype is s32
+  const float* input_scale;   // [1]: one scale for all rows of x; null: each row's own
   const void* bias;           // [N] or null
   Dtype bias_dtype;
   Activation activation;
@@ -35,10 +36,10 @@ struct S8Rows {
 };
 
 // quantize_x over all rows.
-const char* quantize_rows(const KernelTable&, int64_t M, int64_t K, const StridedRows&, const float* absmax, int8_t* q,
-                          float* scale, int32_t* row_sum);
+const char* quantize_rows(const KernelTable&, int64_t M, int64_t K, const StridedRows&, const float* absmax,
+                          const float* input_scale, int8_t* q, float* scale, int32_t* row_sum);
 
-// Quantises each row of x and multiplies: the layer with dynamic activations.
+// Quantises x, each row by its own scale or all by w.input_scale, and multiplies.
 const char* linear_dynamic(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, const Output&);
 
 // The same on rows that are already quantised; Dtype::s32 gives the accumulators.

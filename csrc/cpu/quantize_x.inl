@@ -37,14 +37,21 @@ inline Vi quantize(Vf v, Vf inv) {
   return Isa::round(v);
 }
 
-template <Dtype kDtype>
-int32_t quantize_row(const void* x, int64_t K, float inv_absmax, int8_t* q) {
-  const Vf inv = Isa::set1(inv_absmax);
+// Writes q, returns its sum. With kCheck *finite says whether the row is free of NaN and inf: x * 0 is NaN for these only.
+template <Dtype kDtype, bool kCheck>
+int32_t quantize_row(const void* x, int64_t K, float inverse, int8_t* q, bool* finite) {
+  const Vf inv = Isa::set1(inverse), zero = Isa::set1(0.0f);
   Vi sum0 = Isa::zero_i(), sum1 = sum0;
+  Vf nan0 = zero, nan1 = zero;
   int64_t k = 0;
   for (; k + 2 * Isa::kLanes <= K; k += 2 * Isa::kLanes) {
-    const Vi a = quantize(load_as(x, kDtype, k), inv);
-    const Vi b = quantize(load_as(x, kDtype, k + Isa::kLanes), inv);
+    const Vf xa = load_as(x, kDtype, k), xb = load_as(x, kDtype, k + Isa::kLanes);
+    if constexpr (kCheck) {
+      nan0 = Isa::muladd(xa, zero, nan0);
+      nan1 = Isa::muladd(xb, zero, nan1);
+    }
+    const Vi a = quantize(xa, inv);
+    const Vi b = quantize(xb, inv);
     Isa::store_s8(q + k, a);
     Isa::store_s8(q + k + Isa::kLanes, b);
     sum0 = Isa::add_i(sum0, a);
@@ -52,7 +59,9 @@ int32_t quantize_row(const void* x, int64_t K, float inv_absmax, int8_t* q) {
   }
   for (; k < K; k += Isa::kLanes) {
     const bool whole = k + Isa::kLanes <= K;
-    const Vi a = quantize(whole ? load_as(x, kDtype, k) : load_tail(x, kDtype, k, K), inv);
+    const Vf xa = whole ? load_as(x, kDtype, k) : load_tail(x, kDtype, k, K);
+    if constexpr (kCheck) nan0 = Isa::muladd(xa, zero, nan0);
+    const Vi a = quantize(xa, inv);
     sum0 = Isa::add_i(sum0, a);
     if (whole) {
       Isa::store_s8(q + k, a);
@@ -62,11 +71,39 @@ int32_t quantize_row(const void* x, int64_t K, float inv_absmax, int8_t* q) {
       __builtin_memcpy(q + k, last, static_cast<size_t>(K - k));
     }
   }
+  if constexpr (kCheck) {
+    *finite = Isa::reduce_max(Isa::and_i(Isa::bits(Isa::add(nan0, nan1)), Isa::set1_i(0x7fffffff))) == 0;
+  }
   return Isa::reduce_add(Isa::add_i(sum0, sum1));
+}
+
+// One scale for every row: a single pass.
+template <Dtype kDtype>
+void quantize_rows_static(const QuantizeArgs& a) {
+  int32_t bits;
+  __builtin_memcpy(&bits, a.input_scale, 4);
+  bits &= 0x7fffffff;
+  float scale;
+  __builtin_memcpy(&scale, &bits, 4);
+  const bool usable = bits < kInfBits && scale >= kTinyAbsmax;
+  const float inverse = usable ? 1.0f / scale : 0.0f;
+  if (!usable) scale = bits < kInfBits ? 0.0f : __builtin_nanf("");
+  for (int64_t m = 0; m < a.M; ++m) {
+    const char* x = static_cast<const char*>(a.x.x) + m * a.x.ld * dtype_bytes(kDtype);
+    int8_t* q = a.q + m * a.ldq;
+    bool finite;
+    a.row_sum[m] = quantize_row<kDtype, true>(x, a.K, inverse, q, &finite);
+    a.scale[m] = finite ? scale : __builtin_nanf("");
+    if (!finite) {  // what NaN and inf became is nobody's business
+      __builtin_memset(q, 0, static_cast<size_t>(a.K));
+      a.row_sum[m] = 0;
+    }
+  }
 }
 
 template <Dtype kDtype>
 void quantize_rows(const QuantizeArgs& a) {
+  if (a.input_scale) return quantize_rows_static<kDtype>(a);
   for (int64_t m = 0; m < a.M; ++m) {
     const char* x = static_cast<const char*>(a.x.x) + m * a.x.ld * dtype_bytes(kDtype);
     int8_t* q = a.q + m * a.ldq;
@@ -88,7 +125,7 @@ void quantize_rows(const QuantizeArgs& a) {
       __builtin_memset(q, 0, static_cast<size_t>(a.K));
       a.row_sum[m] = 0;
     } else {
-      a.row_sum[m] = quantize_row<kDtype>(x, a.K, 127.0f / absmax, q);
+      a.row_sum[m] = quantize_row<kDtype, false>(x, a.K, 127.0f / absmax, q, nullptr);
     }
   }
 }

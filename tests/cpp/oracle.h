@@ -72,7 +72,8 @@ struct QuantizedRow {
   int32_t row_sum = 0;
 };
 
-inline QuantizedRow quantize_row(const float* x, int64_t K, const float* given) {
+// input_scale: the scale of every row, in place of one made from absmax.
+inline QuantizedRow quantize_row(const float* x, int64_t K, const float* given, const float* input_scale = nullptr) {
   QuantizedRow r;
   r.q.assign(static_cast<size_t>(K), 0);
   float absmax = 0;
@@ -85,13 +86,14 @@ inline QuantizedRow quantize_row(const float* x, int64_t K, const float* given) 
     absmax = *given;
     finite = finite && std::isfinite(absmax);
   }
-  if (!finite) {
+  if (!finite || (input_scale && !std::isfinite(*input_scale))) {
     r.scale = std::numeric_limits<float>::quiet_NaN();
     return r;
   }
-  if (absmax < 0x1p-100f) return r;
-  const float inv = 127.0f / absmax;
-  r.scale = absmax * (1.0f / 127.0f);
+  const float limit = input_scale ? std::fabs(*input_scale) : absmax;
+  if (limit < 0x1p-100f) return r;
+  const float inv = input_scale ? 1.0f / limit : 127.0f / limit;
+  r.scale = input_scale ? limit : limit * (1.0f / 127.0f);
   for (int64_t k = 0; k < K; ++k) {
     const float v = std::nearbyint(std::fmin(std::fmax(x[k] * inv, -127.0f), 127.0f));
     r.q[static_cast<size_t>(k)] = static_cast<int8_t>(v);

@@ -42,7 +42,7 @@ struct Weights {
     const void* b = bias_dtype == Dtype::f32    ? static_cast<const void*>(bias.data())
                     : bias_dtype == Dtype::bf16 ? bias_bf16.data()
                                                 : bias_f16.data();
-    return {N, K, packed.data(), scale.data(), with_bias ? b : nullptr, bias_dtype, activation};
+    return {N, K, packed.data(), scale.data(), nullptr, with_bias ? b : nullptr, bias_dtype, activation};
   }
 };
 

@@ -299,7 +299,8 @@ TERSOR_TEST(quantize_rows_layouts_and_threads) {
               Threads::take_pieces();
               Canvas q(1, s.M * s.K, s.M * s.K, 1), scale(1, s.M * 4, s.M * 4, 4), row_sum(1, s.M * 4, s.M * 4, 4);
               const char* error = on_fresh_thread([&] {
-                return quantize_rows(k.table, s.M, s.K, x.args(), given, q.at<int8_t>(), scale.at<float>(), row_sum.at<int32_t>());
+                return quantize_rows(k.table, s.M, s.K, x.args(), given, nullptr, q.at<int8_t>(), scale.at<float>(),
+                                     row_sum.at<int32_t>());
               });
               CHECK(error == nullptr, "quantize_rows: %s", error);
               if (large && threads > 1)
@@ -335,7 +336,7 @@ TERSOR_TEST(linear_of_nothing) {
     CHECK(!linear_s8(k.table, 1, s8.args(), none, {y.at(), Dtype::f32}), "N=0");
     CHECK(!linear_weight_only(k.table, 0, x.args(), w.args(Activation::none, true), {y.at(), Dtype::f32}), "M=0");
     CHECK(!linear_weight_only(k.table, 1, x.args(), none, {y.at(), Dtype::f32}), "N=0");
-    CHECK(!quantize_rows(k.table, 0, 9, x.args(), nullptr, y.at<int8_t>(), y.at<float>(), y.at<int32_t>()), "M=0");
+    CHECK(!quantize_rows(k.table, 0, 9, x.args(), nullptr, nullptr, y.at<int8_t>(), y.at<float>(), y.at<int32_t>()), "M=0");
     CHECK(y.intact(), "writes something");
   }
 }

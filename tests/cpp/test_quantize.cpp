@@ -61,12 +61,19 @@ const std::vector<Kind>& kinds() {
 }
 
 // Runs the entry on x [M][ldx] and compares every row with the oracle.
-void check_rows(const Kernels& kernels, const FloatRows& x, const float* absmax, int64_t ldq) {
+void check_rows(const Kernels& kernels, const FloatRows& x, const float* absmax, int64_t ldq, const float* input_scale = nullptr) {
   Canvas q(x.M, x.K, ldq, 1), scale(1, x.M * 4, x.M * 4, 4), row_sum(1, x.M * 4, x.M * 4, 4);
-  kernels.table.quantize_x.run(
-      {{x.origin, x.dtype, x.stride_m}, x.M, x.K, absmax, q.at<int8_t>(), ldq, scale.at<float>(), row_sum.at<int32_t>()});
+  kernels.table.quantize_x.run({{x.origin, x.dtype, x.stride_m},
+                                x.M,
+                                x.K,
+                                absmax,
+                                q.at<int8_t>(),
+                                ldq,
+                                scale.at<float>(),
+                                row_sum.at<int32_t>(),
+                                input_scale});
   for (int64_t m = 0; m < x.M; ++m) {
-    const QuantizedRow want = quantize_row(x.row(m), x.K, absmax ? absmax + m : nullptr);
+    const QuantizedRow want = quantize_row(x.row(m), x.K, absmax ? absmax + m : nullptr, input_scale);
     CHECK_SAME("q", q.at<int8_t>(m), want.q.data(), x.K);
     CHECK_SAME("row_sum", row_sum.at<int32_t>() + m, &want.row_sum, 1);
     CHECK_SAME("scale", scale.at<float>() + m, &want.scale, 1);
@@ -119,6 +126,26 @@ TERSOR_TEST(quantize_with_a_given_absmax) {
   }
 }
 
+TERSOR_TEST(quantize_with_one_scale) {
+  const auto count = static_cast<int64_t>(kinds().size());
+  // Saturating, usual, coarse, tiny, zero, NaN, inf; a sign does not count.
+  for (float scale :
+       {0.001f, 0.02f, -0.02f, 1.0f, 1e30f, 0x1p-100f, std::nextafter(0x1p-100f, 0.0f), 0.0f, std::nanf(""), HUGE_VALF}) {
+    const Exact<float> input_scale(std::vector<float>{scale});
+    for (int64_t K : {1, 4, 17, 65, 1023}) {
+      for (Dtype dtype : kFloatDtypes) {
+        Random random(options.seed + static_cast<uint64_t>(K));
+        auto value = [&](int64_t m, int64_t k) { return kinds()[static_cast<size_t>(m)].value(random, k, K); };
+        const FloatRows packed(count, K, dtype, K, 1, value);
+        for (const Kernels& k : runnable()) {
+          set_case("%s K=%lld %s scale %g", k.table.isa, static_cast<long long>(K), dtype_name(dtype), static_cast<double>(scale));
+          check_rows(k, packed, nullptr, K + 3, input_scale.data());
+        }
+      }
+    }
+  }
+}
+
 // A NaN is found wherever it stands: in each unrolled part, the vector part and the tail.
 TERSOR_TEST(quantize_finds_nan_at_every_k) {
   for (int64_t K : {1, 5, 16, 65, 131}) {
@@ -130,6 +157,8 @@ TERSOR_TEST(quantize_finds_nan_at_every_k) {
         for (const Kernels& k : runnable()) {
           set_case("%s K=%lld %s %g", k.table.isa, static_cast<long long>(K), dtype_name(dtype), static_cast<double>(poison));
           check_rows(k, x, nullptr, K);
+          const float input_scale = 0.03f;
+          check_rows(k, x, nullptr, K, &input_scale);
         }
       }
     }

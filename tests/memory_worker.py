@@ -33,7 +33,7 @@ def make(device):
 
 def main(task, path):
     tersor.quantize_(nn.Sequential(nn.Linear(64, 64)), tersor.Int8Dynamic())(torch.zeros(1, 64))  # libraries are loaded
-    model = make("meta" if task == "load_meta" else "cpu")
+    model = make("meta" if "meta" in task else "cpu")
     start, seen = resident("VmRSS"), []
     if task == "swap":
         original = QuantLinear.from_linear.__func__
@@ -45,7 +45,7 @@ def main(task, path):
         QuantLinear.from_linear = classmethod(spy)
         tersor.quantize_(model, tersor.Int8Dynamic())
     else:
-        tersor.load_(model, path)
+        tersor.load_(model, path, mmap=task != "load_meta_copied")
     peak = resident("VmHWM")
     touched = [int(m.weight_packed.view(-1)[::1024].sum()) for m in model]  # every page
     end = resident("VmRSS")

@@ -72,12 +72,16 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Replaces every QuantLinear of `model` by a float nn.Linear with the weight it stands for, in place, and returns it."""
     if isinstance(model, QuantLinear):
         raise ValueError("dequantize_: model is a QuantLinear itself, which cannot be replaced in place; use model.dequantize()")
+    # All layers exist before the first is replaced, so no id is used twice.
     made: dict[int, nn.Linear] = {}
+    weights: dict[tuple[int, torch.dtype], Tensor] = {}  # one packed weight in two layers becomes one float weight
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() would show a shared child once
             if isinstance(child, QuantLinear):
                 if id(child) not in made:
-                    made[id(child)] = child.dequantize()
+                    linear = made[id(child)] = child.dequantize()
+                    packed = next(id(getattr(child, spec.name)) for spec in child.specs() if spec.parameter)
+                    linear.weight = weights.setdefault((packed, linear.weight.dtype), linear.weight)
                 setattr(parent, name, made[id(child)])
     guard_merges(model)
     return model
@@ -265,16 +269,14 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a layer carries hooks, which replacing it would lose."""
-    return any(getattr(layer, hooks) for hooks in _HOOKS)
+    """Whether a layer carries hooks, or a forward set on the object (accelerate wraps a layer so): replacing it loses them."""
+    return any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in layer.__dict__
 
 
 def _unfit(layer: nn.Module, parent: nn.Module, name: str) -> str | None:
     """What a layer carries that a swap would lose, or who reads its float weight; or None."""
     if has_hooks(layer):
-        return "has hooks, which a swap would lose"
-    if "forward" in layer.__dict__:  # accelerate and others wrap a layer this way
-        return "has a forward of its own, which a swap would lose"
+        return "has hooks or a forward of its own, which a swap would lose"
     if "weight" not in layer._parameters:
         return "has no plain weight (pruned or re-parametrised), which a swap would lose"
     if _read_by_attention(parent, name):

@@ -14,11 +14,11 @@ logging.disable_progress_bar()
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def t5(seed=0):
+def t5(seed=0, **changes):
     """t5-small's dimensions, with 2 of its 6 layers and a vocabulary of 4096, so that a test takes a second."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 4096, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 2, "num_heads": 8}
-    config = T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    config = T5Config(**(sizes | changes), dropout_rate=0.0, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config).eval()
 
 

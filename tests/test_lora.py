@@ -111,11 +111,12 @@ def test_adapters_around_packed_layers_train():
     assert all(torch.equal(t, before[name]) for name, t in frozen(model).items())
 
 
-def test_a_key_or_a_filter_can_still_name_an_adapter():
+def test_a_key_or_a_filter_can_still_name_an_adapter(caplog):
     model = adapters_first()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"
     tersor.quantize_(model, {name: Int8Dynamic()})
     assert isinstance(model.get_submodule(name), QuantLinear)
+    assert f"{name} is swapped as asked, though it is part of a peft adapter, which then no longer trains" in caplog.text
     model = adapters_first()
     tersor.quantize_(model, Int8Dynamic(), lambda module, fqn: fqn.endswith("lora_B.default"))
     assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 6

@@ -115,6 +115,25 @@ def test_packed_head_is_not_tied_again(caplog):
     assert not want.isnan().any()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_t5_small_in_full(dtype, tmp_path):
+    """All 6 layers and 32128 tokens of t5-small, through save and load_."""
+    t5(num_layers=6, vocab_size=32128).save_pretrained(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    swapped = swap(copy.deepcopy(model), FLOAT_HEAD)
+    assert len(packed(swapped)) == 6 * 6 + 6 * 10
+    with torch.inference_mode():
+        want, got = model(IDS, labels=IDS), swapped(IDS, labels=IDS)
+        # 36 layers of the encoder in a row
+        assert relative_error(got.encoder_last_hidden_state, want.encoder_last_hidden_state) < 2 * 0.009 * 36**0.5
+        tokens = swapped.generate(IDS, max_new_tokens=6, num_beams=4)
+    tersor.save(swapped, tmp_path / "packed.safetensors")
+    tersor.load_(model, tmp_path / "packed.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, num_beams=4), tokens)
+
+
 # ---- Llama
 
 
@@ -179,6 +198,7 @@ def test_what_transformers_asks_of_a_model():
     assert model.bfloat16().dtype == torch.bfloat16
     assert bias.dtype == torch.bfloat16  # the same object, cast
     assert all(m.weight_scale.dtype == torch.float32 for m in linears)
+    assert all(m.weight.dtype == torch.bfloat16 for m in linears)
 
 
 def test_init_weights_leaves_packed_layers_alone():

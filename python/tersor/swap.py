@@ -222,20 +222,21 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
         fmt = rules.lookup(fqn)
         if fmt is None:
             continue
-        named = fqn in rules.exact
-        if filter_fn is not None:
-            if not filter_fn(layer, fqn):
-                continue
-        elif not named:
-            if in_adapter(model, fqn):
-                adapters.append(fqn)
-                continue
-            reason = _unfit(layer, parent, name)
-            if reason:
-                logger.warning("tersor: %s stays float: it %s", fqn, reason)
-                continue
+        asked = filter_fn is not None or fqn in rules.exact
+        if filter_fn is not None and not filter_fn(layer, fqn):
+            continue
+        trains = in_adapter(model, fqn)
+        if trains and not asked:
+            adapters.append(fqn)
+            continue
+        reason = "is part of a peft adapter, which then no longer trains" if trains else _unfit(layer, parent, name)
+        if reason and not asked:
+            logger.warning("tersor: %s stays float: it %s", fqn, reason)
+            continue
         if _read_by_attention(parent, name):
             raise ValueError(f"quantize_: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn")
+        if reason:
+            logger.warning("tersor: %s is swapped as asked, though it %s", fqn, reason)
         planned.append((fqn, parent, name, layer, fmt))
     if adapters:
         logger.info("tersor: %d layers of peft adapters stay float, so that they train: %s", len(adapters), _some(adapters))

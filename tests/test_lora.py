@@ -19,6 +19,8 @@ from hf_models import IDS, llama, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 
+from tersor.adapters import lora_linear
+
 # peft says "proceed at your own risk" of every class that is not its own.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
@@ -30,8 +32,8 @@ def config(**changes):
 
 
 def mapped(given):
-    """What docs/models.md says: peft's own layer around ours."""
-    given._register_custom_module({QuantLinear: lora.Linear})
+    """What docs/models.md says."""
+    given._register_custom_module({QuantLinear: lora_linear})
     return given
 
 
@@ -42,10 +44,11 @@ def adapters_first(seed=0, **changes):
     return model
 
 
-def swap_first(seed=0, **changes):
-    model = tersor.quantize_(llama(), Int8Dynamic())
+def swap_first(seed=0, layer=lora_linear, **changes):
+    model, given = tersor.quantize_(llama(), Int8Dynamic()), config(**changes)
+    given._register_custom_module({QuantLinear: layer})
     torch.manual_seed(seed)
-    return get_peft_model(model, mapped(config(**changes)))
+    return get_peft_model(model, given)
 
 
 def stir(model):
@@ -155,9 +158,13 @@ MERGES = {
 }
 
 
+@pytest.mark.parametrize("make", [adapters_first, swap_first])
 @pytest.mark.parametrize("how", MERGES)
-def test_merging_is_refused(how):
-    model = tersor.quantize_(adapters_first(), Int8Dynamic())
+def test_merging_is_refused(how, make):
+    model = make()
+    stir(model)
+    if make is adapters_first:
+        tersor.quantize_(model, Int8Dynamic())
     want = model(IDS).logits
     for case in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(
@@ -235,6 +242,28 @@ def test_without_the_mapping_peft_says_so():
         get_peft_model(tersor.quantize_(llama(), Int8Dynamic()), config())
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"use_dora": True}, "DoraLinearVariant may read the float weight, which is packed"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' reads the float weight"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' reads the float weight"),
+    ],
+    ids=str,
+)
+def test_what_needs_the_float_weight_is_refused(changes, match):
+    """Mapped to lora.Linear, DoRA makes q_proj NaN, and fused attention turns that into finite logits."""
+    with pytest.raises(ValueError, match=match):
+        swap_first(**changes)
+
+
+@pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
+def test_inits_that_do_not_read_the_weight(init):
+    model = swap_first(init_lora_weights=init)
+    assert not model(IDS).logits.isnan().any()
+    assert train(model, steps=2)[-1] > 0
+
+
 def test_adapters_take_the_compute_dtype():
     model = tersor.quantize_(llama(dtype=torch.bfloat16), Int8Dynamic())
     model = get_peft_model(model, mapped(config()), autocast_adapter_dtype=False)
@@ -243,9 +272,9 @@ def test_adapters_take_the_compute_dtype():
 
 
 @pytest.mark.parametrize("how", MERGES)
-def test_merging_around_packed_layers_fails(how):
-    """peft fails by itself: the NaN weight is no memory to write to."""
-    model = swap_first()
+def test_merging_in_layers_of_pefts_own_fails_too(how):
+    """Mapped to lora.Linear itself, nobody refuses; the NaN weight is no memory to write to."""
+    model = swap_first(layer=lora.Linear)
     stir(model)
     want = model(IDS).logits
     with pytest.raises((RuntimeError, ValueError), match="single memory location|NaNs detected"):

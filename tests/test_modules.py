@@ -51,7 +51,7 @@ def test_attention_stays_as_it_is(plain, caplog):
     assert 0 < relative_error(model(x), want) < 0.03
     assert ("attention.out_proj stays float: it cannot be packed: nn.MultiheadAttention reads" in caplog.text) is plain
     with torch.no_grad():  # its own fused path
-torch.testing.assert_close(model.attention(x, x, x, need_weights=False)[0], attended[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.attention(x, x, x, need_weights=False)[0], attended[0], rtol=1e-5, atol=1e-5)
 
 
 def test_naming_out_proj_is_an_error():

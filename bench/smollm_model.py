@@ -45,8 +45,8 @@ def load_chapter(tokenizer: object, tokens: int) -> Tensor:
 
 
 def _pride_and_prejudice(database: bytes) -> list[str]:
-    """The lines of the book: each object of R's lazy-load file is a length and a zlib stream of R's serialisation, in which a string
-    is the word 0x..0009, its length and its bytes (R Internals, 1.8 Serialization Formats)."""
+    """The lines of the book: each object of R's lazy-load file is a length and a zlib stream of R's serialisation, in which a
+    string is the word 0x..0009, its length and its bytes (R Internals, 1.8 Serialization Formats)."""
     at = 0
     while at + 4 < len(database):
         stream = zlib.decompressobj()

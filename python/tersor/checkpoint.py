@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import __version__
 from .formats import LAYOUT_VERSION
 from .load_plan import TAG, LoadPlan, Source, identity, is_sharded, listed, split
-from .swap import disable_fast_paths
+from .swap import settle
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"  # torch.save before that: the pickle of its magic number
@@ -85,7 +85,7 @@ def load_(
     # No inference tensor may enter the model, and no default device may apply to what is read.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         LoadPlan(inner, _open(path_or_state_dict, mmap), strict).apply()
-    disable_fast_paths(inner)
+    settle(inner)
     left = [name for named in (inner.named_parameters(), inner.named_buffers()) for name, t in named if t.is_meta]
     if left:
         warnings.warn(

@@ -158,8 +158,9 @@ def _describe(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-# Rows of the weight quantised at a time: the float block stays below this many elements (16 MiB of float32).
-_BLOCK_ELEMENTS = 1 << 22
+# Rows of the weight quantised at a time: below this many elements, 1 MiB of float32. Larger ones are no faster, and those of
+# 16 MiB left 50 MiB behind in the heap (tests/memory_worker.py).
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def row_blocks(n: int, k: int) -> list[tuple[int, int]]:

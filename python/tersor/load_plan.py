@@ -266,7 +266,7 @@ def _unfit(layer: _Layer, module: nn.Module | None, prefix: str) -> str | None:
         if not prefix:
             return f"{it}; the model is an nn.Linear itself, which cannot be replaced in place, pass a tersor.QuantLinear"
         if has_hooks(module):
-            return f"{it}; the model's nn.Linear has hooks, which replacing it would lose: register them after load_"
+            return f"{it}; its nn.Linear in the model has hooks or a forward of its own, which a swap would lose: set them later"
     if (layer.n, layer.k) != (module.out_features, module.in_features):
         return f"{it}, out_features={module.out_features}, in_features={module.in_features} in the model"
     if isinstance(module, QuantLinear) and module.format != layer.format:

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from .formats import Format, Int8Dynamic, decode_tag, encode_tag, row_blocks
 from .ops.tiles import TILE_N
 
+_NO_WEIGHT = (
+    "QuantLinear: weight is packed, a float weight cannot be set or tied; call dequantize() first "
+    "(transformers: set config.tie_word_embeddings = False where the head is packed)"
+)
+
 
 class QuantLinear(nn.Module):
     """Linear layer with a packed weight: y = x W^T + bias, x [..., in_features] -> [..., out_features] in the dtype of x.
@@ -115,6 +120,15 @@ class QuantLinear(nn.Module):
         """NaN expanded to [N, K] in the compute dtype: shape, dtype and device may be read; any use of the values shows."""
         device = next(self.parameters()).device
         return torch.full((), torch.nan, dtype=self._compute_dtype, device=device).expand(self.out_features, self.in_features)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise AttributeError(_NO_WEIGHT)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # nn.Module assigns a Parameter this way, past the property: tie_weights() of transformers does
+            raise AttributeError(_NO_WEIGHT)
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         # The tiles alone cannot tell K from the next multiple of 4.

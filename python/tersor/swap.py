@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .formats import BY_BITS, Format, Int8Dynamic
+from .adapters import guard_merges, in_adapter, reads_base_weight
+from .formats import BY_BITS, Format, Int8Dynamic, row_blocks
 from .nn import QuantLinear
 
 logger = logging.getLogger("tersor")
@@ -47,24 +49,22 @@ def quantize_(
     config     a format, or a dict {fqn | "re:<regex>" (fullmatch) | "_default": format or None}; exact names win over patterns
                (in order), patterns over _default; None leaves a layer as it is. A key that matches nothing is an error.
     filter_fn  filter_fn(module, fqn) -> bool chooses among the nn.Linear layers, instead of the default rules: no layer whose
-               weight is tied to a module that stays (one warning names it), none with hooks. A dict key that names a layer
-               exactly also overrides the rules.
+               weight is tied to a module that stays (one warning names it), none with hooks or a forward of its own, none in
+               the trainable part of a peft adapter. A dict key that names a layer exactly also overrides the rules.
     device     where each new layer goes, right after it is made; None: where the old one was
     progress   a progress bar on stderr
 
-    Everything is validated before the first layer is touched: a ValueError leaves the model as it was. Peak memory stays within
-    the float model plus one layer's blocks, and falls as layers are replaced. A root nn.Linear cannot be replaced in place.
+    Everything is validated before the first layer is touched: a ValueError leaves the model as it was. The smallest layers go
+    first and each float weight is freed before the next is read, so memory falls from layer to layer; what comes on top of the
+    float model is one packed layer and a few MiB of blocks. A root nn.Linear cannot be replaced in place.
     """
     _check_root(model)
     rules = _Rules(config)
     places = _plan(model, rules, filter_fn)
     for place in places:
-        linear = getattr(place.parent, place.name)
-        place.format.check_sizes(linear.out_features, linear.in_features)
-        if not torch.isfinite(linear.weight.detach()).all():
-            raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
+        _validate(place)
     _swap_all(places, device, progress)
-    disable_fast_paths(model)
+    settle(model)
     return model
 
 
@@ -72,13 +72,18 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Replaces every QuantLinear of `model` by a float nn.Linear with the weight it stands for, in place, and returns it."""
     if isinstance(model, QuantLinear):
         raise ValueError("dequantize_: model is a QuantLinear itself, which cannot be replaced in place; use model.dequantize()")
+    # All layers exist before the first is replaced, so no id is used twice.
     made: dict[int, nn.Linear] = {}
+    weights: dict[tuple[int, torch.dtype], Tensor] = {}  # one packed weight in two layers becomes one float weight
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() would show a shared child once
             if isinstance(child, QuantLinear):
                 if id(child) not in made:
-                    made[id(child)] = child.dequantize()
+                    linear = made[id(child)] = child.dequantize()
+                    packed = next(id(getattr(child, spec.name)) for spec in child.specs() if spec.parameter)
+                    linear.weight = weights.setdefault((packed, linear.weight.dtype), linear.weight)
                 setattr(parent, name, made[id(child)])
+    guard_merges(model)
     return model
 
 
@@ -212,22 +217,34 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
 def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Place]:
     candidates = _linears(model)
     planned: list[tuple[str, nn.Module, str, nn.Linear, Format]] = []
+    adapters: list[str] = []
     for fqn, parent, name, layer in candidates:
         fmt = rules.lookup(fqn)
         if fmt is None:
             continue
-        if filter_fn is not None:
-            if filter_fn(layer, fqn):
-                planned.append((fqn, parent, name, layer, fmt))
+        asked = filter_fn is not None or fqn in rules.exact
+        if filter_fn is not None and not filter_fn(layer, fqn):
             continue
-        reason = None if fqn in rules.exact else _unfit(layer)
+        trains = in_adapter(model, fqn)
+        if trains and not asked:
+            adapters.append(fqn)
+            continue
+        reason = "is part of a peft adapter, which then no longer trains" if trains else _unfit(layer, parent, name)
+        if reason and not asked:
+            logger.warning("tersor: %s stays float: it %s", fqn, reason)
+            continue
+        if _read_by_attention(parent, name):
+            raise ValueError(f"quantize_: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn")
         if reason:
-            logger.warning("tersor: %s stays float: it has %s, which a swap would lose", fqn, reason)
-            continue
+            logger.warning("tersor: %s is swapped as asked, though it %s", fqn, reason)
         planned.append((fqn, parent, name, layer, fmt))
+    if adapters:
+        logger.info("tersor: %d layers of peft adapters stay float, so that they train: %s", len(adapters), _some(adapters))
+    if filter_fn is None:
+        _report_reparametrised(model, rules)
     if rules.unused:
-        names = ", ".join(repr(key) for key in sorted(rules.unused))
-        have = ", ".join(fqn for fqn, *_ in candidates[:8]) + (", ..." if len(candidates) > 8 else "")
+        names = ", ".join(repr(key) + _why_no_linear(model, key) for key in sorted(rules.unused))
+        have = _some([fqn for fqn, *_ in candidates])
         raise ValueError(f"quantize_: config keys match no nn.Linear: {names}; the model has: {have or 'none'}")
 
     owners = _owners(model, {id(layer) for _, _, _, layer, _ in planned})
@@ -253,17 +270,51 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a layer carries hooks, which replacing it would lose."""
-    return any(getattr(layer, hooks) for hooks in _HOOKS)
+    """Whether a layer carries hooks, or a forward set on the object (accelerate wraps a layer so): replacing it loses them."""
+    return any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in layer.__dict__
 
 
-def _unfit(layer: nn.Module) -> str | None:
-    """What a layer carries that a swap would lose, or None."""
+def _unfit(layer: nn.Module, parent: nn.Module, name: str) -> str | None:
+    """What a layer carries that a swap would lose, or who reads its float weight; or None."""
     if has_hooks(layer):
-        return "hooks"
+        return "has hooks or a forward of its own, which a swap would lose"
     if "weight" not in layer._parameters:
-        return "no plain weight (pruned or re-parametrised)"
+        return "has no plain weight (pruned or re-parametrised), which a swap would lose"
+    if _read_by_attention(parent, name):
+        return f"cannot be packed: {_ATTENTION_READS}"
+    if reads_base_weight(parent, name):
+        return "is the base of a DoRA adapter, which reads its float weight"
     return None
+
+
+_ATTENTION_READS = "nn.MultiheadAttention reads the weight of its out_proj itself"
+
+
+def _read_by_attention(parent: nn.Module, name: str) -> bool:
+    return (
+        name == "out_proj" and isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward
+    )
+
+
+def _report_reparametrised(model: nn.Module, rules: _Rules) -> None:
+    """Parametrising a layer gives it a class of its own, which hides it from the swap: say so."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_parametrized(module) and fqn not in rules.exact and rules.lookup(fqn):
+            logger.warning("tersor: %s stays float: it is parametrised, which a swap would lose", fqn)
+
+
+def _why_no_linear(model: nn.Module, key: str) -> str:
+    """What a config key names, where it names a module of the model at all."""
+    module = dict(model.named_modules(remove_duplicate=False)).get(key)
+    if module is None:
+        return ""
+    parent, _, name = key.rpartition(".")
+    reads = f": {_ATTENTION_READS}" if _read_by_attention(model.get_submodule(parent), name) else ""
+    return f" (a {type(module).__name__}{reads})"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
@@ -276,29 +327,45 @@ def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
     return owners
 
 
+def _validate(place: _Place) -> None:
+    """A function of its own: a caller's variable would keep the last float weight alive during the swap."""
+    linear = getattr(place.parent, place.name)
+    place.format.check_sizes(linear.out_features, linear.in_features)
+    if not _is_finite(linear.weight.detach()):
+        raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
+
+
 def _swap_all(places: list[_Place], device: torch.device | str | None, progress: bool) -> None:
-    made: dict[int, QuantLinear] = {}  # by layer: one module in two places stays one module
-    by_weight: dict[tuple[int, Format], QuantLinear] = {}  # one weight in two layers stays one packed weight
-    kept_ids: list[nn.Module] = []  # keeps shared layers alive so that ids stay unique while needed
-    counts: dict[int, int] = {}
+    groups: dict[int, list[_Place]] = {}  # the places of one weight, by its id: all weights are alive here
     for place in places:
-        weight_id = id(getattr(place.parent, place.name).weight)
-        counts[weight_id] = counts.get(weight_id, 0) + 1
-    for place in _tracked(places, progress):
+        groups.setdefault(id(getattr(place.parent, place.name).weight), []).append(place)
+    # The largest weight last: memory has fallen furthest when its packed copy is made.
+    for group in _tracked(sorted(groups.values(), key=_weight_size), progress):
+        _swap_group(group, device)
+
+
+def _weight_size(group: list[_Place]) -> int:
+    return int(getattr(group[0].parent, group[0].name).weight.numel())
+
+
+def _swap_group(places: list[_Place], device: torch.device | str | None) -> None:
+    """Swaps the places of one weight: one module in two of them stays one module, one weight in two layers one packed weight."""
+    made: dict[int, QuantLinear] = {}  # by the id of the layer
+    by_format: dict[Format, QuantLinear] = {}
+    kept: list[nn.Module] = []  # so that the ids stay unique
+    for place in places:
         linear = getattr(place.parent, place.name)
         if id(linear) not in made:
-            shared = by_weight.get((id(linear.weight), place.format))
+            shared = by_format.get(place.format)
             layer = QuantLinear.from_linear(linear, place.format) if shared is None else _with_weight_of(shared, linear)
-            if device is not None:
-                layer = layer.to(device)
-            if counts[id(linear.weight)] > 1:
-                made[id(linear)] = layer
-                by_weight[(id(linear.weight), place.format)] = layer
-                kept_ids.append(linear)
-        else:
-            layer = made[id(linear)]
-        setattr(place.parent, place.name, layer)
-        del linear
+            made[id(linear)] = by_format[place.format] = layer if device is None else layer.to(device)
+            kept.append(linear)
+        setattr(place.parent, place.name, made[id(linear)])
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """By row blocks: of a whole weight, torch.isfinite would allocate more bytes than the weight has."""
+    return weight.is_meta or all(bool(torch.isfinite(weight[begin:end]).all()) for begin, end in row_blocks(*weight.shape))
 
 
 def _with_weight_of(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:
@@ -312,13 +379,19 @@ def _with_weight_of(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:
     return layer
 
 
-def _tracked(places: list[_Place], progress: bool) -> Iterable[_Place]:
+def _tracked(groups: list[list[_Place]], progress: bool) -> Iterable[list[_Place]]:
     if not progress:
-        return places
+        return groups
     from rich.console import Console
     from rich.progress import track
 
-    return track(places, "quantizing layers", console=Console(stderr=True))
+    return track(groups, "quantizing layers", console=Console(stderr=True))
+
+
+def settle(model: nn.Module) -> None:
+    """What the modules around packed layers must know, after a swap or a load."""
+    disable_fast_paths(model)
+    guard_merges(model)
 
 
 def disable_fast_paths(model: nn.Module) -> None:

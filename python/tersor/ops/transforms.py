@@ -1,0 +1,88 @@
+"""How an op behaves under torch.func: its rule for vmap, and gradients that work inside grad, vjp and jacrev.
+
+Both run on dispatch keys that plain eager calls of a raw op never reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from ._register import Op
+
+
+def vmap_rule(op: Op, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """One call for the whole batch where only activations are batched: their batch dim becomes the first leading dim.
+
+    Where a stored tensor is batched (an ensemble) every member has its own weights, so there is one call for each member.
+    """
+    # The dispatcher leaves out trailing arguments that equal their defaults; in_dims has an entry for each one given.
+    if any(dim is not None for dim in in_dims[op.rows :]):
+        calls = []
+        for i in range(info.batch_size):
+            calls.append(op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))))
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+    if args[0].dim() == (in_dims[0] is not None):
+        # Folded, the batch would pass for K.
+        raise ValueError(f"{op.name}: {op.arguments[0]} is 0-dimensional under vmap, expected [..., K]")
+    folded = [_batch_first(a, dim, info.batch_size) for a, dim in zip(args[: op.rows], in_dims, strict=False)]
+    result = op(*folded, *args[op.rows :])
+    return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+
+def _batch_first(a: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:
+    if a is None:
+        return None
+    return a.expand(batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
+
+
+def register_autograd(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any], library: Any) -> None:
+    """torch.library.register_autograd, but also for torch.func: torch's own kernel refuses to run inside its transforms.
+
+    The dispatcher calls an Autograd kernel once for each level of grad or vjp, with the tensors of that level, so a function of
+    a single level is what is needed. setup_context(ctx, inputs, output) sees inputs without trailing defaults; ctx.wanted says in
+    backward(ctx, *grads) which inputs need a gradient.
+    """
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op.raw.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.given = len(args)
+        setup_context(ctx, args, result)
+        return result
+
+    def backward_of_given(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.wanted = ctx.needs_input_grad[1:]
+        return (None, *backward(ctx, *grads)[: ctx.given])
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{op.name.removesuffix('_differentiable')}: there is no forward-mode derivative (jvp, jacfwd, hessian); "
+            "use reverse mode: torch.func.vjp, grad, jacrev, and jacrev of jacrev for a hessian"
+        )
+
+    function = type(
+        f"Tersor_{op.name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward_of_given), "jvp": staticmethod(jvp)},
+    )
+    # The apply below torch.autograd.Function's own, which would hand the call to torch.func as a whole.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if needs_grad or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():
+                return apply(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.raw.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(op.name, kernel, "Autograd", with_keyset=True)

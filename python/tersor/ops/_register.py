@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from .transforms import vmap_rule
 
 NAMESPACE = "tersor"
+TWIN = "_differentiable"  # ends the name of an op with gradients
 
 # Kept alive for the life of the process: ops vanish with the Library object that defined them.
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -46,6 +47,7 @@ class Op:
         rows: int,
     ) -> None:
         self.name = name
+        self.public_name = name.removesuffix(TWIN)  # in messages
         self.schema = schema
         self.reference = reference
         self.check = check

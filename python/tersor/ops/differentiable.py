@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._register import Op, library, op
+from ._register import TWIN, Op, library, op
 from .checks import FLOATS, as_rows, check_device, check_weights
 from .epilogues import EPILOGUES
 from .linear_int8 import linear_dynamic
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
 from .tiles import MAX_K, TILE_N, to_rows
-from .transforms import register_autograd
+from .transforms import register_autograd, route_to_twin
 
 
 def _check_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
@@ -55,10 +55,11 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
     def reference(*args: Any, **kwargs: Any) -> Tensor:
         return raw.raw(*args, **kwargs)
 
-    reference.__name__ = raw.name + "_differentiable"
+    reference.__name__ = raw.name + TWIN
     reference.__doc__ = doc
     twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=autocast, rows=raw.rows)(reference)
     register_autograd(twin, setup, backward, library)
+    route_to_twin(raw, twin, library)
     raw.twin = twin
     return twin
 

@@ -26,15 +26,16 @@ def vmap_rule(op: Op, info: Any, in_dims: tuple[int | None, ...], *args: Any) ->
     if any(dim is not None for dim in in_dims[op.rows :]):
         calls = []
         for i in range(info.batch_size):
-            calls.append(op(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))))
+            calls.append(op.raw(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))))
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
     if args[0].dim() == (in_dims[0] is not None):
         # Folded, the batch would pass for K.
-        raise ValueError(f"{op.name}: {op.arguments[0]} is 0-dimensional under vmap, expected [..., K]")
-    folded = [_batch_first(a, dim, info.batch_size) for a, dim in zip(args[: op.rows], in_dims, strict=False)]
-    result = op(*folded, *args[op.rows :])
+        raise ValueError(f"{op.public_name}: {op.arguments[0]} is 0-dimensional under vmap, expected [..., K]")
+    first, *per_row = (_batch_first(a, dim, info.batch_size) for a, dim in zip(args[: op.rows], in_dims, strict=False))
+    # Kernels take any strides in the first argument, and the small ones of the others as they come.
+    result = op.raw(first, *(a if a is None else a.contiguous() for a in per_row), *args[op.rows :])
     return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
 
 
@@ -42,6 +43,12 @@ def _batch_first(a: Tensor | None, dim: int | None, batch_size: int) -> Tensor |
     if a is None:
         return None
     return a.expand(batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
+
+
+def route_to_twin(op: Op, twin: Op, library: Any) -> None:
+    """Within any torch.func transform the raw op is its twin: only there can a tensor need gradients without saying so, where a
+    batched tensor holds it or an outer level asks for them, and a raw op would give zeros."""
+    library.impl(op.name, lambda *args: twin.raw(*args), "FuncTorchDynamicLayerFrontMode")
 
 
 def register_autograd(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any], library: Any) -> None:
@@ -53,7 +60,8 @@ def register_autograd(op: Op, setup_context: Callable[..., None], backward: Call
     """
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        # autograd.Function switches both modes off, but an outer level, which the call below reaches, may differentiate too.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             result = op.raw.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         ctx.given = len(args)
         setup_context(ctx, args, result)
@@ -65,7 +73,7 @@ def register_autograd(op: Op, setup_context: Callable[..., None], backward: Call
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
-            f"{op.name.removesuffix('_differentiable')}: there is no forward-mode derivative (jvp, jacfwd, hessian); "
+            f"{op.public_name}: there is no forward-mode derivative (jvp, jacfwd, hessian); "
             "use reverse mode: torch.func.vjp, grad, jacrev, and jacrev of jacrev for a hessian"
         )
 

@@ -55,7 +55,7 @@ def parts(result) -> tuple[Tensor, ...]:
 def assert_same(name: str, got, want) -> None:
     for g, w in zip(parts(got), parts(want), strict=True):
         if name.startswith(ORDER_DEPENDS_ON_M):
-            # a sum of at most max(N, K) products of absolute value below 4 * 127 * 0.021 * 4, each order within its bound of the exact sum
+            # max(N, K) products below 4 * 127 * 0.021 * 4; each order of the sum lies within its bound of the exact one
             assert_within(g, w, 2 * max(N, K) ** 2 * EPS[torch.float32] * 4 * 127 * 0.021 * 4)
         else:
             assert_equal(g, w)
@@ -100,7 +100,9 @@ def test_vmap_over_some_of_the_rows(batched):
     args = [t if dim == 0 else t[0] for t, dim in zip((x, absmax), batched, strict=True)]
     with Calls() as calls:
         got = vmap(ops.quantize_rows, in_dims=batched)(*args)
-    want = stacked([ops.quantize_rows(*(t if dim is None else t[i] for t, dim in zip(args, batched, strict=True))) for i in range(B)])
+    want = stacked(
+        [ops.quantize_rows(*(t if dim is None else t[i] for t, dim in zip(args, batched, strict=True))) for i in range(B)]
+    )
     assert_same("quantize_rows", got, want)
     assert calls.names == ["quantize_rows"]
     # without absmax: None is no batched tensor
@@ -298,7 +300,7 @@ def test_second_derivative_of_an_epilogue():
     assert_within(got, want.float(), 1e-4 * want.abs().max().item())
 
 
-NO_FORWARD_MODE = r": there is no forward-mode derivative \(jvp, jacfwd, hessian\); use reverse mode: torch.func.vjp, grad, jacrev"
+NO_FORWARD_MODE = r": there is no forward-mode derivative \(jvp, jacfwd, hessian\); use reverse mode: torch.func.vjp, grad"
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])

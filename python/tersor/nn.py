@@ -128,7 +128,7 @@ class QuantLinear(nn.Module):
         return self.format.linear(x, parameters, self._buffers, parameters["bias"])
 
     def _record(self, x: fx.Proxy) -> Any:
-        """Under torch.fx tracing the layer is one node, as nn.Linear is: a tracer follows modules from outside torch.nn inside."""
+        """Under torch.fx tracing the layer is one node, as nn.Linear is; by itself a tracer looks inside what is not torch.nn."""
         path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
         if path:
             return x.tracer.create_proxy("call_module", path, (x,), {})

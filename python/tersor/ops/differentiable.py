@@ -82,7 +82,7 @@ def _make(raw: Op, doc: str) -> Op:
             # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
             x, bias = rest
             before = raw(x, weight_packed, weight_scale, bias, "none").float()
-            _, pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)
+            pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
             grad = pull_back(grad.float())[0].to(grad.dtype)
         grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.wanted[0] else None
         grad_bias = None

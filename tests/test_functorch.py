@@ -178,6 +178,14 @@ def test_vmap_over_one_stored_tensor(layer, stored: str, dim: int):
     assert_same(name_of(layer), got, torch.stack([functional_call(layer, {stored: t}, (x,)) for t in many]))
 
 
+def test_empty_batches(layer):
+    tiles, scale, bias = layer.weight_packed, layer.weight_scale, layer.bias
+    x = torch.randn(0, M, K)
+    assert_equal(vmap(layer)(x), torch.empty(0, M, N))
+    got = vmap(layer.format.op, in_dims=(0, 0, None, None))(x, tiles.expand(0, *tiles.shape), scale, bias)
+    assert_equal(got, torch.empty(0, M, N))
+
+
 def float_weight(layer: QuantLinear) -> Tensor:
     return layer.dequantize().weight.detach()
 
@@ -323,6 +331,15 @@ def test_forward_mode_of_input_grad_is_refused():
     rows, rest = arguments("input_grad", (M,))
     with pytest.raises(NotImplementedError, match="input_grad" + NO_FORWARD_MODE):
         torch.func.jacfwd(lambda g: ops.input_grad(g, *rest))(*rows)
+
+
+def test_ops_on_integers_have_no_gradients(layer):
+    """As in eager mode, torch's own backward warns; here it then gives zeros."""
+    rows = ops.quantize_rows(torch.randn(M, K))
+    tiles, scale, bias = layer.weight_packed, layer.weight_scale, layer.bias
+    with pytest.warns(UserWarning, match="tersor::linear_s8: an autograd kernel was not registered"):
+        got = grad(lambda bias: ops.linear_s8(*rows, tiles, scale, bias).sum())(bias.detach())
+    assert_equal(got, torch.zeros(N))
 
 
 def test_functionalize(layer):

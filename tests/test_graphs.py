@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -152,8 +153,17 @@ def test_fake_tensors(fmt):
         z = made(torch.empty(3, 70, dtype=torch.bfloat16))
         with pytest.raises(ValueError, match=r"x is \[3, 8\], expected \[..., 70\]"):
             made(torch.empty(3, 8))
+        swapped = tersor.quantize_(nn.Sequential(nn.Linear(70, 37)), fmt)
+        assert isinstance(swapped[0].weight_packed, FakeTensor) and swapped(torch.empty(2, 70)).shape == (2, 37)
+        assert isinstance(swapped[0].dequantize().weight, FakeTensor)
     assert isinstance(y, FakeTensor) and y.shape == (4, 2, 20)
     assert isinstance(z, FakeTensor) and z.shape == (3, 37) and z.dtype == torch.bfloat16
+
+
+def test_swap_of_a_meta_model(fmt):
+    with torch.device("meta"):
+        model = tersor.quantize_(nn.Sequential(nn.Linear(70, 37)), fmt)
+    assert model[0].weight_packed.is_meta and model(torch.empty(2, 70, device="meta")).shape == (2, 37)
 
 
 # ---- torch.export
@@ -291,7 +301,7 @@ def test_jit_trace(fmt):
 
 
 def test_jit_script_names_the_way_out(fmt):
-    message = r"QuantLinear: torch.jit.script is not supported; use torch.export or torch.compile, or torch.jit.trace under no_grad"
+    message = "QuantLinear: torch.jit.script is not supported; use torch.export or torch.compile, or torch.jit.trace under no_grad"
     for model in (mlp(fmt), mlp(fmt)[0]):
         with pytest.raises(TypeError, match=message):
             torch.jit.script(model)
@@ -305,7 +315,7 @@ def test_fx_records_a_layer_as_one_node(fmt):
     graph = torch.fx.symbolic_trace(model)
     assert [(node.op, node.target) for node in graph.graph.nodes][1:-1] == [("call_module", name) for name in "012"]
     (x,) = inputs(5)
-    for module in (graph, copy.deepcopy(graph), copy.deepcopy(copy.deepcopy(graph))):
+    for module in (graph, copy.deepcopy(graph), copy.deepcopy(copy.deepcopy(graph)), pickle.loads(pickle.dumps(graph))):
         assert isinstance(module.get_submodule("0"), QuantLinear)
         assert_equal(module(x), model(x))
     with pytest.raises(ValueError, match=r"QuantLinear: x is \[5, 69\]"):

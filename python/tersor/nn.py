@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .formats import Format, Int8Dynamic, decode_tag, encode_tag, row_blocks
 from .ops.tiles import TILE_N
@@ -66,7 +67,7 @@ class QuantLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for spec in layer.specs():
                 stored[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            if not weight.is_meta:
+            if has_values(weight):
                 for begin, end in row_blocks(n, k):
                     rows = weight[begin:end]
                     if not torch.isfinite(rows).all():
@@ -179,6 +180,11 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format!r}"
         )
+
+
+def has_values(t: Tensor) -> bool:
+    """False for meta tensors and those of a FakeTensorMode: nothing can be read from them, only shapes follow."""
+    return not t.is_meta and not isinstance(t, FakeTensor)
 
 
 def check_in_features(x: Tensor, in_features: int) -> Tensor:

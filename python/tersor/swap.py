@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .formats import BY_BITS, Format, Int8Dynamic
-from .nn import QuantLinear
+from .nn import QuantLinear, has_values
 
 logger = logging.getLogger("tersor")
 
@@ -61,7 +61,8 @@ def quantize_(
     for place in places:
         linear = getattr(place.parent, place.name)
         place.format.check_sizes(linear.out_features, linear.in_features)
-        if not torch.isfinite(linear.weight.detach()).all():
+        weight = linear.weight.detach()
+        if has_values(weight) and not torch.isfinite(weight).all():
             raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
     _swap_all(places, device, progress)
     disable_fast_paths(model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from ._register import Op
@@ -24,19 +25,19 @@ def vmap_rule(op: Op, info: Any, in_dims: tuple[int | None, ...], *args: Any) ->
     """
     # The dispatcher leaves out trailing arguments that equal their defaults; in_dims has an entry for each one given.
     if any(dim is not None for dim in in_dims[op.rows :]):
-        calls = []
-        for i in range(info.batch_size):
-            calls.append(op.raw(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))))
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+        members = [
+            [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)] for i in range(info.batch_size)
+        ]
+        if not members:
+            one = (a if dim is None else a.new_empty(a.movedim(dim, 0).shape[1:]) for a, dim in zip(args, in_dims, strict=True))
+            return tree_map(lambda t: t.new_empty((0, *t.shape)), op.check(*one)), 0
+        return tree_map(lambda *parts: torch.stack(parts), *(op.raw(*member) for member in members)), 0
     if args[0].dim() == (in_dims[0] is not None):
         # Folded, the batch would pass for K.
         raise ValueError(f"{op.public_name}: {op.arguments[0]} is 0-dimensional under vmap, expected [..., K]")
     first, *per_row = (_batch_first(a, dim, info.batch_size) for a, dim in zip(args[: op.rows], in_dims, strict=False))
-    # Kernels take any strides in the first argument, and the small ones of the others as they come.
-    result = op.raw(first, *(a if a is None else a.contiguous() for a in per_row), *args[op.rows :])
-    return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+    # Kernels take any strides in the first argument, but want the small ones, one entry for each row, in one piece.
+    return op.raw(first, *(a if a is None else a.contiguous() for a in per_row), *args[op.rows :]), 0
 
 
 def _batch_first(a: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:

@@ -347,6 +347,14 @@ def test_functionalize(layer):
     assert_equal(torch.func.functionalize(layer)(x), layer(x))
 
 
+def test_compiled_autograd(layer):
+    x = torch.randn(M, K, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        layer(x).square().sum().backward()
+    assert_within(x.grad, want, bound(want))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_transforms(layer, backend: str):
     layer.bias.requires_grad_(False)

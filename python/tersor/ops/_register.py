@@ -32,7 +32,7 @@ class Op:
     kernels    entries of the native kernel table that serve it on a CPU; none: plain torch everywhere
     reference  the plain-torch definition; the oracle of the tests
     check      the shape rule: raises ValueError / TypeError on bad input, returns empty outputs
-    rows       how many of the first arguments have leading dims, one entry for each row; vmap over these is one call
+    rows       how many of the first arguments have leading dims, one entry for each row; vmap over these is one call, 0: none
     arguments  names of the arguments
     """
 

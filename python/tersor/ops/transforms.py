@@ -78,19 +78,24 @@ def register_autograd(op: Op, setup_context: Callable[..., None], backward: Call
             "use reverse mode: torch.func.vjp, grad, jacrev, and jacrev of jacrev for a hessian"
         )
 
-    function = type(
+    # The base is the one torch.func itself builds such functions on: torch.autograd.Function would hand the call to torch.func as a
+    # whole, which it has done already. Only compiled autograd asks for the key.
+    function: Any = type(
         f"Tersor_{op.name}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward_of_given), "jvp": staticmethod(jvp)},
+        (torch.autograd.function._SingleLevelFunction,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(backward_of_given),
+            "jvp": staticmethod(jvp),
+            "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
+        },
     )
-    # The apply below torch.autograd.Function's own, which would hand the call to torch.func as a whole.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def kernel(keyset: Any, *args: Any) -> Any:
         needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if needs_grad or forward_ad._current_level >= 0:
             with enable_single_level_autograd_function():
-                return apply(keyset, *args)
+                return function.apply(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.raw.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -154,6 +154,8 @@ def test_copies(layer):
 def test_wrong_k_by_less_than_a_tile(layer):
     with pytest.raises(ValueError, match=r"QuantLinear: x is \[2, 69\], expected \[..., 70\]"):
         layer(torch.randn(2, 69))
+    with pytest.raises(ValueError, match=r"QuantLinear: x is \[\], expected \[..., 70\]"):
+        layer(torch.tensor(1.0))
 
 
 def test_trains_bias_and_input(layer):

@@ -26,6 +26,8 @@ def arguments(name: str, layer) -> tuple:
         return (q, x_scale, row_sum, tiles, scale, bias, "gelu", torch.bfloat16)
     if name == "input_grad":
         return (torch.randn(5, 37), tiles, scale, 70)
+    if name == "input_grad_differentiable":
+        return (torch.randn(5, 37, requires_grad=True), tiles, scale, 70)
     if name.endswith("_differentiable"):
         return (x.requires_grad_(), tiles, scale, bias.requires_grad_(), "silu")
     return (x, tiles, scale, bias, "relu")

@@ -32,12 +32,20 @@ class TensorSpec(NamedTuple):
 Stored = Mapping[str, Any]  # a module's _parameters or _buffers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Format:
     """Base of all formats. Subclasses add fields and name the op that computes them."""
 
     tag: ClassVar[str]  # name in files and on the command line
     op: ClassVar[ops.Op]
+
+    def __init_subclass__(cls) -> None:
+        # dataclass leaves a __repr__ it finds alone. Its own guards against recursion by thread id, which torch.compile cannot
+        # trace, and torch.func.vmap(layer) asks for the repr of what it transforms.
+        cls.__repr__ = Format.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in dataclasses.fields(self))})"
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
         """The stored tensors of an [N, K] layer, bias apart."""

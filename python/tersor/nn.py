@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .formats import Format, Int8Dynamic, decode_tag, encode_tag, row_blocks
 from .ops.tiles import TILE_N
@@ -71,7 +72,7 @@ class QuantLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             for spec in layer.specs():
                 stored[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            if not weight.is_meta:
+            if has_values(weight):
                 for begin, end in row_blocks(n, k):
                     rows = weight[begin:end]
                     if not torch.isfinite(rows).all():
@@ -131,12 +132,30 @@ class QuantLinear(nn.Module):
         super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor and isinstance(x, fx.Proxy):
+            return self._record(x)
         # The tiles alone cannot tell K from the next multiple of 4.
-        if x.dim() == 0 or x.size(-1) != self.in_features:
-            raise ValueError(f"QuantLinear: x is {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            check_in_features(x, self.in_features)
         # nn.Module.__getattr__ costs a quarter of a microsecond a tensor: a small layer at M = 1 would feel three of them.
         parameters = self._parameters
         return self.format.linear(x, parameters, self._buffers, parameters["bias"])
+
+    def _record(self, x: fx.Proxy) -> Any:
+        """Under torch.fx tracing the layer is one node, as nn.Linear is; by itself a tracer looks inside what is not torch.nn."""
+        path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+        if path:
+            return x.tracer.create_proxy("call_module", path, (x,), {})
+        # The layer is the root itself, which cannot be a node of its own graph.
+        x = x.tracer.create_proxy("call_function", check_in_features, (x, self.in_features), {})
+        return self.format.linear(x, self._parameters, self._buffers, self._parameters["bias"])  # type: ignore[arg-type]
+
+    def __prepare_scriptable__(self) -> Any:
+        # torch.jit.script asks every module for a scriptable form of itself; without this it fails on some line of this class.
+        raise TypeError(
+            "QuantLinear: torch.jit.script is not supported; use torch.export or torch.compile, or torch.jit.trace under no_grad"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Casts leave the float32 buffers alone and moves do not: they pass through fn as int32 views of the same bits."""
@@ -175,3 +194,15 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format!r}"
         )
+
+
+def has_values(t: Tensor) -> bool:
+    """False for meta tensors and those of a FakeTensorMode: nothing can be read from them, only shapes follow."""
+    return not t.is_meta and not isinstance(t, FakeTensor)
+
+
+def check_in_features(x: Tensor, in_features: int) -> Tensor:
+    """x, or ValueError where its last dim is another."""
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"QuantLinear: x is {list(x.shape)}, expected [..., {in_features}] (in_features)")
+    return x

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .adapters import guard_merges, in_adapter, reads_base_weight
 from .formats import BY_BITS, Format, Int8Dynamic, row_blocks
-from .nn import QuantLinear
+from .nn import QuantLinear, has_values
 
 logger = logging.getLogger("tersor")
 
@@ -365,7 +365,7 @@ def _swap_group(places: list[_Place], device: torch.device | str | None) -> None
 
 def _is_finite(weight: Tensor) -> bool:
     """By row blocks: of a whole weight, torch.isfinite would allocate more bytes than the weight has."""
-    return weight.is_meta or all(bool(torch.isfinite(weight[begin:end]).all()) for begin, end in row_blocks(*weight.shape))
+    return not has_values(weight) or all(bool(torch.isfinite(weight[begin:end]).all()) for begin, end in row_blocks(*weight.shape))
 
 
 def _with_weight_of(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:

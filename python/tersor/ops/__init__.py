@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from .. import native
 from ._register import OPS, Op
-from .differentiable import input_grad, linear_dynamic_differentiable, linear_weight_only_differentiable
+from .differentiable import (
+    input_grad,
+    input_grad_differentiable,
+    linear_dynamic_differentiable,
+    linear_weight_only_differentiable,
+)
 from .epilogues import EPILOGUES
 from .int_matmul import int_matmul
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8
@@ -21,6 +26,7 @@ __all__ = [
     "Op",
     "from_rows",
     "input_grad",
+    "input_grad_differentiable",
     "int_matmul",
     "linear_acc",
     "linear_dynamic",

@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+
+from .transforms import vmap_rule
 
 NAMESPACE = "tersor"
+TWIN = "_differentiable"  # ends the name of an op with gradients
 
 # Kept alive for the life of the process: ops vanish with the Library object that defined them.
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -26,6 +32,8 @@ class Op:
     kernels    entries of the native kernel table that serve it on a CPU; none: plain torch everywhere
     reference  the plain-torch definition; the oracle of the tests
     check      the shape rule: raises ValueError / TypeError on bad input, returns empty outputs
+    rows       how many of the first arguments have leading dims, one entry for each row; vmap over these is one call, 0: none
+    arguments  names of the arguments
     """
 
     def __init__(
@@ -36,12 +44,15 @@ class Op:
         check: Callable[..., Any],
         kernels: tuple[str, ...],
         autocast: bool,
+        rows: int,
     ) -> None:
         self.name = name
+        self.public_name = name.removesuffix(TWIN)  # in messages
         self.schema = schema
         self.reference = reference
         self.check = check
         self.kernels = kernels
+        self.rows = rows
         self.twin: Op | None = None
         functools.update_wrapper(self, reference)
         library.define(name + schema)
@@ -50,12 +61,19 @@ class Op:
             for device in ("CPU", "CUDA"):
                 library.impl(name, self._run_under_autocast, f"Autocast{device}")
         torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=library)
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", functools.partial(vmap_rule, self), lib=library)
         self.raw = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.arguments = tuple(argument.name for argument in self.raw._schema.arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raw = self.raw
-        if self.twin is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raw = self.twin.raw
+        if self.twin is not None:
+            # A raw op drops tangents of forward-mode differentiation without a word; the twin refuses them.
+            if forward_ad._current_level >= 0:
+                raw = self.twin.raw
+            elif is_grad_enabled() and any(a.requires_grad if isinstance(a, Tensor) else isinstance(a, Proxy) for a in args):
+                # What a torch.fx Proxy stands for may require a gradient.
+                raw = self._with_gradients()
         try:
             return raw(*args, **kwargs)
         except (RuntimeError, ValueError, TypeError):
@@ -65,6 +83,16 @@ class Op:
             except (ValueError, TypeError) as reason:
                 raise reason from None
             raise
+
+    def _with_gradients(self) -> Any:
+        assert self.twin is not None
+        if not torch.compiler.is_compiling() and _get_tracing_state() is not None:
+            # torch.jit.trace compares its graph with one traced under no_grad, which would differ: its message explains nothing.
+            raise RuntimeError(
+                f"{self.name}: torch.jit.trace cannot record gradients of this op; trace under torch.no_grad(), "
+                "or use torch.export or torch.compile"
+            )
+        return self.twin.raw
 
     def _run_under_autocast(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x is read as it is, the result gets the autocast dtype. Reached through the dispatcher only: free without autocast."""
@@ -85,14 +113,15 @@ def op_by_name(name: str) -> Op:
 
 
 def op(
-    schema: str, check: Callable[..., Any], kernels: tuple[str, ...] = (), autocast: bool = False
+    schema: str, check: Callable[..., Any], kernels: tuple[str, ...] = (), autocast: bool = False, rows: int = 1
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: `schema` is the part after the name, as in torch.library; `check` is the shape rule; `autocast` says that the
-    first argument and the result are activations, so that the result takes the autocast dtype."""
+    first argument and the result are activations, so that the result takes the autocast dtype; `rows` is how many of the first
+    arguments have leading dims (see Op)."""
 
     def define(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
-        OPS[name] = Op(name, schema, reference, check, kernels, autocast)
+        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows)
         return OPS[name]
 
     return define

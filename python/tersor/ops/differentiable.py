@@ -7,17 +7,19 @@ so grad_x = grad_y W with the stored weights; packed weights are frozen and get 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._register import NAMESPACE, Op, library, op
+from ._register import TWIN, Op, library, op
 from .checks import FLOATS, as_rows, check_device, check_weights
 from .epilogues import EPILOGUES
 from .linear_int8 import linear_dynamic
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
 from .tiles import MAX_K, TILE_N, to_rows
+from .transforms import register_autograd, route_to_twin
 
 
 def _check_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
@@ -47,45 +49,61 @@ def input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_fea
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_packed, weight_scale, bias, epilogue = inputs
-    ctx.epilogue = epilogue
-    # x itself is needed only to differentiate an activation; its shape is known from grad and K.
-    ctx.in_features = x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(weight_packed, weight_scale, *(() if epilogue == "none" else (x, bias)))
+def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable[..., Any], autocast: bool) -> Op:
+    """The differentiable twin of `raw`: same arguments, same bits."""
 
+    def reference(*args: Any, **kwargs: Any) -> Tensor:
+        return raw.raw(*args, **kwargs)
 
-def _make(raw: Op, doc: str) -> Op:
-    """The differentiable twin of `raw`: same arguments, same bits, gradients for x and bias."""
-
-    def reference(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
-        return raw.raw(x, weight_packed, weight_scale, bias, epilogue)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight_packed, weight_scale, *rest = ctx.saved_tensors
-        if ctx.epilogue != "none":
-            # The value before the activation is computed again rather than kept.
-            x, bias = rest
-            before = raw.raw(x, weight_packed, weight_scale, bias, "none").float()
-            with torch.enable_grad():
-                before.requires_grad_()
-                after = EPILOGUES[ctx.epilogue](before)
-                (slope,) = torch.autograd.grad(after, before, grad.float())
-            grad = slope.to(grad.dtype)
-        grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.needs_input_grad[0] else None
-        grad_bias = None
-        if ctx.needs_input_grad[3]:
-            grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None
-
-    reference.__name__ = raw.name + "_differentiable"
+    reference.__name__ = raw.name + TWIN
     reference.__doc__ = doc
-    twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=True)(reference)
-    torch.library.register_autograd(f"{NAMESPACE}::{twin.name}", backward, setup_context=_setup, lib=library)
+    twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=autocast, rows=raw.rows)(reference)
+    register_autograd(twin, setup, backward, library)
+    route_to_twin(raw, twin, library)
     raw.twin = twin
     return twin
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight_packed, weight_scale, bias, *rest = inputs
+    ctx.epilogue = rest[0] if rest else "none"
+    # x itself is needed only to differentiate an activation; its shape is known from grad and K.
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(weight_packed, weight_scale, *(() if ctx.epilogue == "none" else (x, bias)))
+
+
+def _make(raw: Op, doc: str) -> Op:
+    """The twin of a linear layer, with gradients for x and bias."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight_packed, weight_scale, *rest = ctx.saved_tensors
+        if ctx.epilogue != "none":
+            # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
+            x, bias = rest
+            before = raw(x, weight_packed, weight_scale, bias, "none").float()
+            pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
+            grad = pull_back(grad.float())[0].to(grad.dtype)
+        grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.wanted[0] else None
+        grad_bias = None
+        if ctx.wanted[3]:
+            grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None
+
+    return _make_twin(raw, doc, _setup, backward, autocast=True)
+
+
+def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _backward_of_input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # input_grad is linear in its grad, with the stored weights transposed: a hessian or a gradient penalty needs its gradient.
+    return linear_weight_only(grad, *ctx.saved_tensors, None), None, None, None
+
+
 linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x and bias.")
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
+input_grad_differentiable = _make_twin(
+    input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False
+)

@@ -29,7 +29,12 @@ def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: 
     return q.new_empty((*q.shape[:-1], out_features), dtype=torch.int32)
 
 
-@op("(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features) -> Tensor", check=_check_acc, kernels=("gemm_w8",))
+@op(
+    "(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features) -> Tensor",
+    check=_check_acc,
+    kernels=("gemm_w8",),
+    rows=2,
+)
 def linear_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
     """The int32 accumulators of a linear layer, exact: acc[m, n] = sum_k q[m, k] * w[n, k].
 
@@ -71,6 +76,7 @@ def _check_s8(
     "str epilogue='none', ScalarType out_dtype=float) -> Tensor",
     check=_check_s8,
     kernels=("gemm_w8",),
+    rows=3,
 )
 def linear_s8(
     q: Tensor,

@@ -62,8 +62,10 @@ class Op:
             # The kernel refused; the shape rule says why in Python's own terms. Where it finds nothing the first error stands.
             try:
                 self.check(*args, **kwargs)
-            except (ValueError, TypeError) as reason:
-                raise reason from None
+            except Exception as reason:
+                # An accident of the rule itself, on a None or a str where a number belongs, explains less than torch's own error.
+                if isinstance(reason, ValueError | TypeError) and ": " in str(reason):
+                    raise reason from None
             raise
 
     def _run_under_autocast(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

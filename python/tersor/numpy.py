@@ -149,7 +149,7 @@ def _vector(function: str, name: str, v: Array | None, dtype: type) -> Any:
     v = np.asarray(v)
     if v.dtype != dtype or v.ndim != 1:
         raise ValueError(f"{function}: {name} is {v.dtype} with {v.ndim} dimensions, expected 1-d {np.dtype(dtype)}")
-    return np.require(v, requirements="CA")
+    return np.require(v, requirements=["C", "A"])
 
 
 def _check_tiles(function: str, weight_packed: Array, n: int, k: int) -> None:

@@ -64,7 +64,8 @@ class Op:
                 self.check(*args, **kwargs)
             except Exception as reason:
                 # An accident of the rule itself, on a None or a str where a number belongs, explains less than torch's own error.
-                if isinstance(reason, ValueError | TypeError) and ": " in str(reason):
+                # A RuntimeError is torch's too: how much memory the result would take.
+                if isinstance(reason, RuntimeError) or (isinstance(reason, ValueError | TypeError) and ": " in str(reason)):
                     raise reason from None
             raise
 

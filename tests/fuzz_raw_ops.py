@@ -182,7 +182,8 @@ class Fuzz:
             return self.view(t)
         if how == "huge":
             shape = [self.pick((1, 3, 1 << 16, 1 << 40)) for _ in t.shape]
-            return torch.zeros((), dtype=t.dtype).expand(shape) if np.prod([float(s) for s in shape]) < 2.0**62 else None
+            elements = np.prod([float(s) for s in shape])  # few enough to compute, or more than any memory holds
+            return torch.zeros((), dtype=t.dtype).expand(shape) if elements < 2**20 or 2**40 <= elements < 2**62 else None
         if how == "grad":
             return t.detach().requires_grad_() if t.dtype.is_floating_point else t
         if how == "quantized":

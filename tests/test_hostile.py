@@ -5,8 +5,6 @@ Messages of the ops for wrong sizes and dtypes are in test_ops.py, of configs in
 
 from __future__ import annotations
 
-import os
-
 import fuzz_raw_ops
 import numpy as np
 import pytest
@@ -423,8 +421,8 @@ def test_state_dict_of_another_format_by_torchs_own_loader(layer):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("seed", [1])
-def test_fuzz_raw_ops(seed):
+@pytest.mark.filterwarnings("ignore")
+def test_fuzz_raw_ops():
     """make test-full runs more of it, under AddressSanitizer and on each instruction set."""
-    outcomes = fuzz_raw_ops.run(seed, 0, min(2000, 10 * int(os.environ.get("TERSOR_FUZZ_CASES", "200"))))
+    outcomes = fuzz_raw_ops.run(0, 0, 2000)
     assert outcomes["refused"] > 300 and outcomes["returned"] > 300 and outcomes["checked"] > 100

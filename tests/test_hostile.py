@@ -5,6 +5,8 @@ Messages of the ops for wrong sizes and dtypes are in test_ops.py, of configs in
 
 from __future__ import annotations
 
+import os
+
 import fuzz_raw_ops
 import numpy as np
 import pytest
@@ -185,6 +187,10 @@ def test_k_above_the_exact_range(op):
 
 # ---- more than 2^31 elements
 
+NOT_SCALAR = pytest.mark.skipif(
+    os.environ.get("TERSOR_ISA") == "scalar", reason="20 s; sizes and strides are computed in shared code"
+)
+
 
 def virtual(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory that is touched only where it is used; calloc gives pages of zeros on first use."""
@@ -195,6 +201,16 @@ def virtual(count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(buffer).view(dtype)
 
 
+def assert_alike(op, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal, but for the float sums of torch.mm, whose order depends on strides."""
+    if ops.NATIVE or op is ops.linear_dynamic:
+        assert_equal(got, want)
+    else:
+        assert_within(got, want, 1e-4 + 2 * EPS[got.dtype] * want.double().abs())
+
+
+@pytest.mark.native
+@NOT_SCALAR
 def test_more_rows_than_2_31_elements(op):
     x, tiles, scale, _ = Case(1, 1, 64, torch.bfloat16).make()
     m = 2**31 // 64 + 5
@@ -214,12 +230,12 @@ def test_strides_beyond_2_31(op, dtype):
         buffer.as_strided((2, 1, K), (far, 5, 1)),
     ):
         view.copy_(x.view(view.shape))
-        assert_equal(op(view, tiles, scale, bias).view(2, N), op(x, tiles, scale, bias))
+        assert_alike(op, op(view, tiles, scale, bias).view(2, N), op(x, tiles, scale, bias))
         assert_equal(ops.quantize_rows(view)[0].view(2, K), ops.quantize_rows(x)[0])
     wide = buffer.as_strided((1, 2), (1, far))  # along K
     wide.copy_(x[:1, :2])
     _, tiles, scale, bias = Case(1, N, 2, dtype).make()
-    assert_equal(op(wide, tiles, scale, bias), op(x[:1, :2].contiguous(), tiles, scale, bias))
+    assert_alike(op, op(wide, tiles, scale, bias), op(x[:1, :2].contiguous(), tiles, scale, bias))
     if dtype == torch.float32:
         q, _, row_sum = ops.quantize_rows(x)
         _, tiles, _, _ = Case(2, N, K).make()
@@ -229,6 +245,7 @@ def test_strides_beyond_2_31(op, dtype):
 
 
 @pytest.mark.native
+@NOT_SCALAR
 def test_weights_beyond_2_31(op):
     k, n = 132104, 16 * 1030
     tiles = virtual(n // 16 * (k // 4) * 64, torch.uint8).view(n // 16, k // 4, 64)

@@ -62,6 +62,11 @@ def test_odd_x(layer, x, error, message):
         layer.bfloat16()(x)
 
 
+def test_layer_on_another_device(layer):
+    with pytest.raises(ValueError, match="weight_packed is on meta, x on cpu; move the module or x so that they meet"):
+        layer.to("meta")(torch.randn(3, K))
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_x(op, layout):
@@ -417,6 +422,17 @@ def test_every_argument_off_its_alignment(at, dtype):
     if ops.NATIVE and dtype == torch.float32:
         arrays = [t.numpy() for t in (x, tiles, scale, bias)]
         assert np.array_equal(tn.linear_dynamic(*(odd(t, at).numpy() for t in (x, tiles, scale, bias))), tn.linear_dynamic(*arrays))
+
+
+def test_assigned_from_a_file_off_its_alignment(layer):
+    """load_state_dict(assign=True) keeps the file's memory, wherever it begins."""
+    x = torch.randn(5, K)
+    state = {name: odd(t, 33) for name, t in layer.state_dict().items()}
+    assigned = QuantLinear(K, N, format=layer.format, device="meta")
+    assigned.load_state_dict(state, assign=True)
+    assert assigned.weight_scale.data_ptr() == state["weight_scale"].data_ptr()
+    assert_equal(assigned(x), layer(x))
+    assert_equal(assigned.bfloat16().float().weight_scale, layer.weight_scale)
 
 
 # ---- other entrances

@@ -97,6 +97,7 @@ def fuzz(full: bool) -> None:
         "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096",
         "PYTHONPATH": str(package.parent),
+        "OMP_WAIT_POLICY": "passive",  # more threads than free cores would spin
     }
     files = subprocess.Popen([sys.executable, "tests/fuzz_files.py", "--seed", "1", "--cases", str(FUZZ_FILES)], cwd=ROOT)
     try:

@@ -41,6 +41,12 @@ inline Activation activation_from(const char* function, const std::string& name)
   fail(function, "epilogue is '", name, "', expected one of:", known.str());
 }
 
+// The bound leaves room for rounding up; no tensor has as many tiles.
+inline void check_out_features(const char* function, int64_t N) {
+  constexpr int64_t kMaxN = int64_t{1} << 48;
+  if (N < 0 || N > kMaxN) fail(function, "out_features is ", N, ", expected 0 to ", kMaxN);
+}
+
 inline void check_k(const char* function, int64_t K) {
   if (K > kMaxK) fail(function, "K=", K, " is above ", kMaxK, ", the largest for which int32 sums are exact");
 }

@@ -124,7 +124,7 @@ py::array linear_acc(const py::array& q, const py::array& row_sum, const py::arr
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
   const tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K);
-  if (out_features < 0) fail(kName, "out_features is ", out_features, ", expected 0 or more");
+  tersor::check_out_features(kName, out_features);
   tersor::LinearWeights w{};
   w.N = out_features;
   w.K = K;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -45,8 +46,23 @@ void check_plain(const char* function, const char* name, const Tensor& t) {
   if (t.layout() != Layout::Strided) fail(function, name, " is sparse; call .to_dense() first");
 }
 
+// Copies that live as long as the call.
+using Keep = std::vector<Tensor>;
+
+bool misaligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % static_cast<uintptr_t>(t.element_size()) != 0;
+}
+
+// A tensor over a mapped file can begin at any byte; kernels take floats and int32 where their type may lie.
+const void* aligned(const Tensor& t, Keep* keep) {
+  if (!misaligned(t)) return t.const_data_ptr();
+  keep->push_back(torch::stable::clone(t));
+  return keep->back().const_data_ptr();
+}
+
 // One tensor of exactly this dtype and these sizes, contiguous.
-const void* exact(const char* function, const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes) {
+const void* exact(const char* function, const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes,
+                  Keep* keep) {
   check_plain(function, name, t);
   if (t.scalar_type() != type) {
     fail(function, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",
@@ -63,10 +79,26 @@ const void* exact(const char* function, const char* name, const Tensor& t, Scala
     fail(function, name, " is [", text.str(), "]");
   }
   if (!t.is_contiguous()) fail(function, name, " is not contiguous; call .contiguous() first");
-  return t.const_data_ptr();
+  return aligned(t, keep);
 }
 
-// x [..., K] as M rows with one row stride. Leading dimensions that no single stride describes cost a copy.
+// One element for each row of `rows` [..., K]: exactly its leading sizes, contiguous.
+const void* per_row(const char* function, const char* name, const Tensor& t, ScalarType type, const Tensor& rows, Keep* keep) {
+  check_plain(function, name, t);
+  const auto have = t.sizes();
+  const auto want = rows.sizes();
+  bool same = t.scalar_type() == type && have.size() + 1 == want.size();
+  for (size_t i = 0; same && i < have.size(); ++i) same = have[i] == want[i];
+  if (!same || !t.is_contiguous()) {
+    std::ostringstream text;
+    for (size_t i = 0; i + 1 < want.size(); ++i) text << (i ? ", " : "") << want[i];
+    fail(function, name, " must be contiguous ", torch::headeronly::toString(type), " [", text.str(), "], one for each row");
+  }
+  return aligned(t, keep);
+}
+
+// x [..., K] as M rows with one row stride. Leading dimensions that no single stride describes, and elements off their alignment,
+// cost a copy.
 struct XRows {
   Tensor held;
   int64_t M, K;
@@ -101,8 +133,9 @@ XRows rows_of(const char* function, const Tensor& x) {
   tersor::check_k(function, r.K);
   for (int64_t d = 0; d < dim - 1; ++d) r.M *= sizes[d];
   int64_t stride_m = 0;
-  if (!collapse(dim, sizes.data(), x.strides().data(), &stride_m)) {
-    r.held = torch::stable::contiguous(x);
+  if (misaligned(x)) r.held = torch::stable::clone(x);  // may keep the strides
+  if (!collapse(dim, sizes.data(), r.held.strides().data(), &stride_m)) {
+    r.held = torch::stable::contiguous(r.held);
     stride_m = r.K;
   }
   r.rows = {r.held.const_data_ptr(), dtype, stride_m, r.held.stride(dim - 1)};
@@ -111,19 +144,19 @@ XRows rows_of(const char* function, const Tensor& x) {
 }
 
 tersor::LinearWeights weights_of(const char* function, const Tensor& weight_packed, const Tensor& weight_scale,
-                                 const OptionalTensor& bias, const std::string& epilogue, int64_t K) {
+                                 const OptionalTensor& bias, const std::string& epilogue, int64_t K, Keep* keep) {
   tersor::LinearWeights w{};
   check_plain(function, "weight_scale", weight_scale);
   if (weight_scale.dim() != 1) fail(function, "weight_scale has ", weight_scale.dim(), " dimensions, expected [N]");
   w.N = weight_scale.size(0);
   w.K = K;
-  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", weight_scale, ScalarType::Float, {w.N}));
-  w.weight_packed =
-      static_cast<const uint8_t*>(exact(function, "weight_packed", weight_packed, ScalarType::Byte,
-                                        {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), 64}));
+  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", weight_scale, ScalarType::Float, {w.N}, keep));
+  w.weight_packed = static_cast<const uint8_t*>(
+      exact(function, "weight_packed", weight_packed, ScalarType::Byte,
+            {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes}, keep));
   if (bias) {
     w.bias_dtype = float_dtype(function, "bias", bias->scalar_type());
-    w.bias = exact(function, "bias", *bias, bias->scalar_type(), {w.N});
+    w.bias = exact(function, "bias", *bias, bias->scalar_type(), {w.N}, keep);
   }
   w.activation = tersor::activation_from(function, epilogue);
   return w;
@@ -132,8 +165,10 @@ tersor::LinearWeights weights_of(const char* function, const Tensor& weight_pack
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   // Straight to the CPU allocation: half a microsecond less than new_empty's way through the dispatcher.
   std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+  uint64_t stride = 1;  // may wrap for sizes that no memory holds; torch finds that out from the sizes
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? static_cast<uint64_t>(sizes[i]) : 1) {
+    strides[i] = static_cast<int64_t>(stride);
+  }
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
@@ -146,14 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor x, OptionalTensor absmax
   const auto& table = tersor::table_or_throw();
   XRows r = rows_of(kName, x);
   const std::vector<int64_t> lead(r.out_sizes.begin(), r.out_sizes.end() - 1);
-  const float* given = nullptr;
-  if (absmax) {
-    if (absmax->numel() != r.M) fail(kName, "absmax has ", absmax->numel(), " elements, expected one for each of ", r.M, " rows");
-    check_plain(kName, "absmax", *absmax);
-    if (absmax->scalar_type() != ScalarType::Float) fail(kName, "absmax must be float32");
-    if (!absmax->is_contiguous()) fail(kName, "absmax is not contiguous; call .contiguous() first");
-    given = static_cast<const float*>(absmax->const_data_ptr());
-  }
+  Keep keep;
+  const auto* given = absmax ? static_cast<const float*>(per_row(kName, "absmax", *absmax, ScalarType::Float, x, &keep)) : nullptr;
   Tensor q = empty(r.out_sizes, ScalarType::Char);
   Tensor scale = empty(lead, ScalarType::Float);
   Tensor row_sum = empty(lead, ScalarType::Int);
@@ -171,7 +200,8 @@ Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, cons
                     const OptionalTensor& bias, const std::string& epilogue) {
   const auto& table = tersor::table_or_throw();
   XRows r = rows_of(name, x);
-  const tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K);
+  Keep keep;
+  const tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K, &keep);
   r.out_sizes.back() = w.N;
   Tensor y = empty(r.out_sizes, x.scalar_type());
   tersor::check_memory(name, driver(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
@@ -187,7 +217,7 @@ Tensor linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, O
 }
 
 // q [..., K] int8 with any row stride; row_sum (and scale) one for each row, contiguous.
-tersor::S8Rows s8_rows(const char* function, const Tensor& q, const Tensor& row_sum, int64_t* M, int64_t* K, Tensor* held,
+tersor::S8Rows s8_rows(const char* function, const Tensor& q, const Tensor& row_sum, int64_t* M, int64_t* K, Keep* keep,
                        std::vector<int64_t>* out_sizes) {
   check_plain(function, "q", q);
   if (q.scalar_type() != ScalarType::Char) fail(function, "q must be int8");
@@ -200,32 +230,30 @@ tersor::S8Rows s8_rows(const char* function, const Tensor& q, const Tensor& row_
   *M = 1;
   for (int64_t d = 0; d < dim - 1; ++d) *M *= sizes[d];
   int64_t ldq = 0;
-  *held = q;
+  Tensor held = q;
   if ((*K > 1 && q.stride(dim - 1) != 1) || !collapse(dim, sizes.data(), q.strides().data(), &ldq)) {
-    *held = torch::stable::contiguous(q);
+    held = torch::stable::contiguous(q);
     ldq = *K;
+    keep->push_back(held);
   }
-  check_plain(function, "row_sum", row_sum);
-  if (row_sum.scalar_type() != ScalarType::Int || row_sum.numel() != *M || !row_sum.is_contiguous()) {
-    fail(function, "row_sum must be contiguous int32 with one element for each of ", *M, " rows");
-  }
-  return {static_cast<const int8_t*>(held->const_data_ptr()), ldq, nullptr, static_cast<const int32_t*>(row_sum.const_data_ptr())};
+  const void* sums = per_row(function, "row_sum", row_sum, ScalarType::Int, q, keep);
+  return {static_cast<const int8_t*>(held.const_data_ptr()), ldq, nullptr, static_cast<const int32_t*>(sums)};
 }
 
 Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_features) {
   constexpr const char* kName = "linear_acc";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
-  Tensor held;
+  Keep keep;
   std::vector<int64_t> sizes;
-  const tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &held, &sizes);
-  if (out_features < 0) fail(kName, "out_features is ", out_features, ", expected 0 or more");
+  const tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &keep, &sizes);
+  tersor::check_out_features(kName, out_features);
   tersor::LinearWeights w{};
   w.N = out_features;
   w.K = K;
   w.weight_packed = static_cast<const uint8_t*>(
       exact(kName, "weight_packed", weight_packed, ScalarType::Byte,
-            {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes}));
+            {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes}, &keep));
   sizes.back() = w.N;
   Tensor acc = empty(sizes, ScalarType::Int);
   tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {acc.mutable_data_ptr(), Dtype::s32}));
@@ -237,16 +265,12 @@ Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, T
   constexpr const char* kName = "linear_s8";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
-  Tensor held;
+  Keep keep;
   std::vector<int64_t> sizes;
-  tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &held, &sizes);
-  check_plain(kName, "scale", scale);
-  if (scale.scalar_type() != ScalarType::Float || scale.numel() != M || !scale.is_contiguous()) {
-    fail(kName, "scale must be contiguous float32 with one element for each of ", M, " rows");
-  }
-  rows.scale = static_cast<const float*>(scale.const_data_ptr());
+  tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &keep, &sizes);
+  rows.scale = static_cast<const float*>(per_row(kName, "scale", scale, ScalarType::Float, q, &keep));
   const Dtype dtype = float_dtype(kName, "out_dtype", out_dtype);
-  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K);
+  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K, &keep);
   sizes.back() = w.N;
   Tensor y = empty(sizes, out_dtype);
   tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {y.mutable_data_ptr(), dtype}));

@@ -122,7 +122,7 @@ void quantize_rows(const QuantizeArgs& a) {
       a.scale[m] = absmax < kTinyAbsmax ? 0.0f : absmax * (1.0f / 127.0f);
     }
     if (absmax < kTinyAbsmax) {
-      __builtin_memset(q, 0, static_cast<size_t>(a.K));
+      if (a.K > 0) __builtin_memset(q, 0, static_cast<size_t>(a.K));
       a.row_sum[m] = 0;
     } else {
       a.row_sum[m] = quantize_row<kDtype, false>(x, a.K, 127.0f / absmax, q, nullptr);

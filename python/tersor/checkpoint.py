@@ -43,7 +43,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     if os.path.isdir(target):
         raise ValueError(f"save: {target} is a directory; name a file in it, such as {os.path.join(target, 'model.safetensors')}")
     if os.path.lexists(target) and not overwrite:
-        raise FileExistsError(f"save: {target} exists; pass overwrite=True to replace it, or choose another name")
+        raise _exists(target)
     folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"save: the folder {folder} of {target} does not exist; make it first")
@@ -55,7 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         "version": __version__,
         "aliases": json.dumps(aliases, sort_keys=True),
     }
-    _write(tensors, metadata, target, folder)
+    _write(tensors, metadata, target, folder, overwrite)
 
 
 def load_(
@@ -117,7 +117,7 @@ def _path(function: str, path: Any) -> str:
 def _to_store(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors to write, {other name: stored name}); raises ValueError that lists what cannot be written."""
     writable: dict[torch.dtype, bool] = {}
-    problems = [f"{key} ({reason})" for key, value in state.items() if (reason := _not_writable(value, writable))]
+    problems = [f"{key} ({reason})" for key, value in state.items() if (reason := _not_writable(key, value, writable))]
     if problems:
         raise ValueError("save: a safetensors file cannot hold these:\n  " + listed(problems, "\n  "))
     tensors: dict[str, Tensor] = {}
@@ -126,7 +126,8 @@ def _to_store(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     for key, value in state.items():
         first = stored.setdefault(identity(value), key)
         if first == key:
-            tensors[key] = value.contiguous()
+            # A conjugate or negative view is a bit on top of its source's bytes; the file has the bytes alone.
+            tensors[key] = value.resolve_conj().resolve_neg().contiguous()
         else:
             aliases[key] = first
     # Views that overlap without being the same elements are stored each on its own.
@@ -140,13 +141,17 @@ def _to_store(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, aliases
 
 
-def _not_writable(value: Any, writable: dict[torch.dtype, bool]) -> str | None:
+def _not_writable(key: str, value: Any, writable: dict[torch.dtype, bool]) -> str | None:
     from safetensors.torch import save as serialize
 
+    if key == "__metadata__":  # safetensors would write it, and no reader would take the file
+        return "the file keeps its metadata under this name; rename the tensor"
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}; let get_extra_state return a tensor"
     if value.is_meta:
         return "a meta tensor has no data; load or initialise the model first"
+    if value.is_nested:
+        return "a nested tensor; pad it first"
     if value.layout is not torch.strided:
         return f"{value.layout}; make it dense first"
     if is_sharded(value):
@@ -160,7 +165,11 @@ def _not_writable(value: Any, writable: dict[torch.dtype, bool]) -> str | None:
     return None if writable[value.dtype] else f"{value.dtype}; convert it first"
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str) -> None:
+def _exists(target: str) -> FileExistsError:
+    return FileExistsError(f"save: {target} exists; pass overwrite=True to replace it, or choose another name")
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -178,13 +187,29 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, fo
             raise OSError(f"save: writing {target} failed ({error}); the disk may be full") from None
         os.chmod(part, mode)  # safetensors 0.8 puts a file of mode 600 in its place
         _sync(part)
-        os.replace(part, target)
+        _name(part, target, overwrite)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
     if os.name == "posix":
         _sync(folder)  # the new name itself
+
+
+def _name(part: str, target: str, overwrite: bool) -> None:
+    """Gives the finished file its name. Without `overwrite` a file that appeared there during the writing stays."""
+    if not overwrite:
+        try:
+            os.link(part, target)  # unlike a rename it refuses a name that is taken
+        except FileExistsError:
+            raise _exists(target) from None
+        except OSError:  # a file system without hard links
+            if os.path.lexists(target):
+                raise _exists(target) from None
+        else:
+            os.unlink(part)
+            return
+    os.replace(part, target)
 
 
 def _sync(path: str) -> None:
@@ -241,7 +266,7 @@ def _from_safetensors(path: str, mmap: bool) -> Source:
 def _aliases(path: str, metadata: Mapping[str, str], stored: Mapping[str, Any]) -> dict[str, str]:
     """{other name: stored name} of a file of save(), or of safetensors.torch.save_model, whose metadata are just that."""
     if metadata.get("format") != "tersor":
-        return {name: first for name, first in metadata.items() if first in stored and name not in stored}
+        return {name: first for name, first in metadata.items() if name != "format" and first in stored and name not in stored}
     layout = metadata.get("layout", "")
     if not (layout.isascii() and layout.isdigit() and len(layout) < 10 and 1 <= int(layout) <= LAYOUT_VERSION):
         raise ValueError(

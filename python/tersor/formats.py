@@ -117,14 +117,14 @@ BY_BITS: dict[tuple[int, str | None], type[Format]] = {(8, "int8"): Int8Dynamic,
 
 def format_from_dict(data: Any) -> Format:
     """The inverse of Format.to_dict; raises ValueError on anything else than a known format with its own fields."""
-    if not isinstance(data, dict) or data.get("name") not in FORMATS:
-        name = data.get("name") if isinstance(data, dict) else data
+    name = data.get("name") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"format is {name!r}, expected one of: {', '.join(FORMATS)}")
-    cls = FORMATS[data["name"]]
+    cls = FORMATS[name]
     given = {key: value for key, value in data.items() if key != "name"}
     known = {f.name for f in dataclasses.fields(cls)}
     if not given.keys() <= known:
-        raise ValueError(f"format {data['name']!r} has unknown fields: {', '.join(sorted(given.keys() - known))}")
+        raise ValueError(f"format {name!r} has unknown fields: {', '.join(sorted(given.keys() - known))}")
     return cls(**given)
 
 
@@ -139,7 +139,8 @@ def encode_tag(fmt: Format, n: int, k: int) -> Tensor:
 
 def decode_tag(state: Any, where: str) -> tuple[Format, int, int]:
     """The inverse of encode_tag; raises ValueError naming `where` on anything malformed or newer than this package."""
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or state.is_meta:
+    plain = isinstance(state, Tensor) and not state.is_nested and state.layout is torch.strided and not state.is_meta
+    if not plain or state.dtype != torch.uint8 or state.dim() != 1:
         raise ValueError(f"{where}: the layer's tag must be a 1-d uint8 tensor of JSON, got {_describe(state)}")
     if state.numel() > _MAX_TAG_BYTES:
         raise ValueError(f"{where}: the layer's tag has {state.numel()} bytes, expected at most {_MAX_TAG_BYTES}")
@@ -163,7 +164,10 @@ def decode_tag(state: Any, where: str) -> tuple[Format, int, int]:
 
 
 def _describe(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor) or value.is_nested:
+        return "a nested tensor" if isinstance(value, Tensor) else type(value).__name__
+    kind = "" if value.layout is torch.strided else f"{value.layout} "
+    return f"{kind}{value.dtype} {list(value.shape)}{' on meta' if value.is_meta else ''}"
 
 
 # Rows of the weight quantised at a time: below this many elements, 1 MiB of float32. Larger ones are no faster, and those of

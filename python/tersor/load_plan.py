@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +71,7 @@ class LoadPlan:
         self.refused: set[str] = set()  # prefixes with a problem of their own: their keys are not reported one by one
         self.layers: dict[str, _Layer] = {}  # by prefix
         self.slots: dict[Hashable, _Slot] = {}
-        self.extra: list[str] = []  # extra states of other modules
+        self.extra: list[str] = []  # extra states of other modules, and what only its own module can write
         self._find_layers()
         self._find_slots()
         self._match(strict)
@@ -136,7 +138,7 @@ class LoadPlan:
             replaced = mine and not isinstance(self.modules[prefix], QuantLinear)
             if prefix in self.refused or key in packed or (mine and name == TAG) or (replaced and name == "weight"):
                 continue
-            if name == TAG or not isinstance(target, Tensor):
+            if name == TAG or not isinstance(target, Tensor) or (key not in self.source.tensors and _not_writable(target)):
                 self.extra.append(key)
             elif self._check_target(prefix, name, target):
                 if target.is_meta and id(target) not in held:
@@ -151,6 +153,8 @@ class LoadPlan:
             reason = "was made under inference_mode and cannot be changed; make the model outside of it"
         elif is_sharded(target):
             reason = "is sharded; load before parallelising the model"
+        elif why := _not_writable(target):
+            reason = f"is {why} in the model and cannot be written in place; make it a plain tensor of its own"
         else:
             return True
         self._refuse(prefix, f"{join(prefix, name)} {reason}")
@@ -186,6 +190,7 @@ class LoadPlan:
 
     def apply(self) -> None:
         """Changes the model: packed layers one by one, each float layer gone before the next is read, then all other tensors."""
+        self._try_extra_states()
         taken = _Taken()
         for layer in {id(layer): layer for layer in self.layers.values()}.values():
             if not isinstance(self.modules[layer.prefixes[0]], QuantLinear):
@@ -212,8 +217,31 @@ class LoadPlan:
         rest._metadata = self.source.metadata  # type: ignore[attr-defined]
         try:
             self.model.load_state_dict(rest, strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"load_: a module refused its state from {self.source.where}, the rest is loaded: {error}") from error
+        except Exception as error:  # of a hook, whatever it raises
+            raise ValueError(
+                f"load_: a module refused its state from {self.source.where}, part of it is loaded: {error}"
+            ) from error
+
+    def _try_extra_states(self) -> None:
+        """Other modules may refuse their extra state in set_extra_state, which only trying shows; what was set is then undone."""
+        undo: list[tuple[nn.Module, Any]] = []
+        for key in self.extra:
+            prefix, name = split(key)
+            if name != TAG or key not in self.source.tensors:
+                continue
+            module = self.modules[prefix]
+            try:
+                before = deepcopy(module.get_extra_state())
+                undo.append((module, before))
+                module.set_extra_state(deepcopy(self.source.tensors[key]))
+            except Exception as error:
+                for changed, state in reversed(undo):
+                    with contextlib.suppress(Exception):
+                        changed.set_extra_state(state)
+                raise ValueError(
+                    f"load_: {prefix or 'the root'} ({type(module).__name__}) refused {key} from {self.source.where}; nothing was "
+                    f"changed: {type(error).__name__}: {error}"
+                ) from error
 
     def _replace(self, layer: _Layer, taken: _Taken) -> None:
         old: Any = self.modules[layer.prefixes[0]]
@@ -245,7 +273,7 @@ class _Taken:
         self.storages: set[int] = set()
 
     def take(self, value: Tensor, copy: bool) -> Tensor:
-        value = value.detach()
+        value = value.detach().resolve_conj().resolve_neg()
         storage = value.untyped_storage().data_ptr()
         misaligned = value.data_ptr() % value.element_size() != 0
         if copy or storage in self.storages or misaligned or value.is_inference() or not value.is_contiguous():
@@ -289,14 +317,23 @@ def _misfit(key: str, value: Any, slot: _Slot) -> str | None:
     """Why `value` cannot go into `slot`, or None."""
     if not isinstance(value, Tensor):
         return f"{key} is a {type(value).__name__}, expected a Tensor"
-    if value.is_meta or value.layout is not torch.strided or value.is_quantized or is_sharded(value):
-        return f"{key} is meta, sparse, sharded or of a quantised dtype, expected a plain tensor with data"
+    if value.is_meta or value.is_nested or value.layout is not torch.strided or value.is_quantized or is_sharded(value):
+        return f"{key} is meta, sparse, nested, sharded or of a quantised dtype, expected a plain tensor with data"
     want = slot.dtype
     if want is None:
         assert slot.target is not None
         want = value.dtype if _kind(value) == _kind(slot.target) else slot.target.dtype
     if value.dtype != want or tuple(value.shape) != slot.shape:
         return f"{key} is {describe(value.dtype, value.shape)}, expected {describe(want, slot.shape)}"
+    return None
+
+
+def _not_writable(t: Tensor) -> str | None:
+    """Why torch could not copy a plain tensor into `t`: it would find out halfway through the model."""
+    if t.is_nested or t.layout is not torch.strided or t.is_quantized:
+        return "nested, sparse or quantised"
+    if not t.is_meta and any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        return "expanded (its elements share memory)"
     return None
 
 
@@ -309,7 +346,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, for tensors of one shape."""
     if identity(a) == identity(b):
         return True
-    bits = [t.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)]
+    bits = [t.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)]
     return a.dtype == b.dtype and torch.equal(*bits)
 
 
@@ -325,9 +362,9 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
 
 def identity(t: Tensor) -> Hashable:
     """Equal for tensors that are the same elements of the same memory."""
-    if t.is_meta or t.layout is not torch.strided or t.numel() == 0:
+    if t.is_meta or t.is_nested or t.layout is not torch.strided or t.numel() == 0:
         return id(t)
-    return t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride()
+    return t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg()
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -133,7 +133,7 @@ def _floats(function: str, name: str, x: Array) -> Array:
         raise TypeError(f"{function}: {name} is {x.dtype}, expected float32 or float16")
     if x.ndim != 2:
         raise ValueError(f"{function}: {name} has {x.ndim} dimensions, expected [M, K]")
-    return x
+    return np.require(x, requirements="A")  # a mapped file may put it at any byte
 
 
 def _rows_s8(function: str, q: Array) -> Array:
@@ -149,7 +149,7 @@ def _vector(function: str, name: str, v: Array | None, dtype: type) -> Any:
     v = np.asarray(v)
     if v.dtype != dtype or v.ndim != 1:
         raise ValueError(f"{function}: {name} is {v.dtype} with {v.ndim} dimensions, expected 1-d {np.dtype(dtype)}")
-    return np.ascontiguousarray(v)
+    return np.require(v, requirements=["C", "A"])
 
 
 def _check_tiles(function: str, weight_packed: Array, n: int, k: int) -> None:

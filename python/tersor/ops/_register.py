@@ -80,8 +80,11 @@ class Op:
             # The kernel refused; the shape rule says why in Python's own terms. Where it finds nothing the first error stands.
             try:
                 self.check(*args, **kwargs)
-            except (ValueError, TypeError) as reason:
-                raise reason from None
+            except Exception as reason:
+                # An accident of the rule itself, on a None or a str where a number belongs, explains less than torch's own error.
+                # A RuntimeError is torch's too: how much memory the result would take.
+                if isinstance(reason, RuntimeError) or (isinstance(reason, ValueError | TypeError) and ": " in str(reason)):
+                    raise reason from None
             raise
 
     def _with_gradients(self) -> Any:

@@ -15,15 +15,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def check_x(function: str, x: Tensor) -> int:
     """x must be a dense float tensor [..., K] with K in the exact range; returns K."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: x is {type(x).__name__}, expected a Tensor")
-    if x.is_nested:
-        raise TypeError(f"{function}: x is a nested tensor, expected a dense one; pad it with torch.nested.to_padded_tensor")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{function}: x is {x.layout}, expected a dense tensor; call .to_dense() first")
+    check_tensors(function, x=x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{function}: x is {x.dtype}, expected float32, bfloat16 or float16")
     return check_last_dim(function, "x", x)
+
+
+def check_tensors(function: str, **arguments: Tensor) -> None:
+    """Each must be a dense tensor. torch itself passes a None on to the op, and anything sparse to the reference."""
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{function}: {name} is {type(t).__name__}, expected a Tensor")
+        if t.is_nested:
+            raise TypeError(
+                f"{function}: {name} is a nested tensor, expected a dense one; pad it with torch.nested.to_padded_tensor"
+            )
+        if t.layout is not torch.strided:
+            raise TypeError(f"{function}: {name} is {t.layout}, expected a dense tensor; call .to_dense() first")
 
 
 def check_last_dim(function: str, name: str, x: Tensor) -> int:
@@ -48,6 +56,9 @@ def check_device(function: str, x: Tensor, **others: Tensor | None) -> None:
 
 def check_weights(function: str, k: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str) -> int:
     """The stored tensors of an int8 layer must fit each other and K; returns N."""
+    check_tensors(function, weight_packed=weight_packed, weight_scale=weight_scale)
+    if bias is not None:
+        check_tensors(function, bias=bias)
     if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
         raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
     n = weight_scale.shape[0]

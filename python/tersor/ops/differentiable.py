@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._register import TWIN, Op, library, op
-from .checks import FLOATS, as_rows, check_device, check_weights
+from .checks import FLOATS, as_rows, check_device, check_tensors, check_weights
 from .epilogues import EPILOGUES
 from .linear_int8 import linear_dynamic
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
@@ -23,6 +23,7 @@ from .transforms import register_autograd, route_to_twin
 
 
 def _check_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
+    check_tensors("input_grad", grad=grad)
     if not 0 <= in_features <= MAX_K:
         raise ValueError(f"input_grad: in_features is {in_features}, expected 0 to {MAX_K}")
     n = check_weights("input_grad", in_features, weight_packed, weight_scale, None, "none")

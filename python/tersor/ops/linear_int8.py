@@ -7,13 +7,14 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import FLOATS, as_rows, check_device, check_last_dim, check_per_row, check_weights, check_x
+from .checks import FLOATS, as_rows, check_device, check_last_dim, check_per_row, check_tensors, check_weights, check_x
 from .epilogues import EPILOGUES
 from .quantize_rows import quantize_rows
 from .tiles import check_tiles, to_rows
 
 
 def _check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
+    check_tensors(function, q=q, row_sum=row_sum)
     if q.dtype != torch.int8:
         raise TypeError(f"{function}: q is {q.dtype}, expected torch.int8; make it with quantize_rows")
     check_per_row(function, "row_sum", row_sum, torch.int32, q.shape[:-1])
@@ -22,6 +23,7 @@ def _check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
 
 def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
     k = _check_q("linear_acc", q, row_sum)
+    check_tensors("linear_acc", weight_packed=weight_packed)
     if out_features < 0:
         raise ValueError(f"linear_acc: out_features is {out_features}, expected 0 or more")
     check_device("linear_acc", q, row_sum=row_sum, weight_packed=weight_packed)
@@ -63,6 +65,7 @@ def _check_s8(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     k = _check_q("linear_s8", q, row_sum)
+    check_tensors("linear_s8", scale=scale)
     check_per_row("linear_s8", "scale", scale, torch.float32, q.shape[:-1])
     check_device("linear_s8", q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
     n = check_weights("linear_s8", k, weight_packed, weight_scale, bias, epilogue)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._register import op
-from .checks import check_device, check_x
+from .checks import check_device, check_per_row, check_tensors, check_x
 
 TINY_ABSMAX = 2.0**-100  # below it a row is zero: 127 / absmax would leave the float range
 _INV_127 = torch.tensor(1.0, dtype=torch.float32).div(127.0).item()
@@ -31,10 +31,9 @@ def _check(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
     check_x("quantize_rows", x)
     lead = x.shape[:-1]
     check_device("quantize_rows", x, absmax=absmax)
-    if absmax is not None and (absmax.dtype != torch.float32 or absmax.shape != lead):
-        raise ValueError(
-            f"quantize_rows: absmax is {absmax.dtype} {list(absmax.shape)}, expected torch.float32 {list(lead)}, one for each row"
-        )
+    if absmax is not None:
+        check_tensors("quantize_rows", absmax=absmax)
+        check_per_row("quantize_rows", "absmax", absmax, torch.float32, lead)
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(lead, dtype=torch.float32),

@@ -23,7 +23,7 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint import load_, save
-from tersor.formats import encode_tag
+from tersor.formats import Tag, encode_tag
 from tersor.nn import QuantLinear
 
 # ---- round trips
@@ -261,7 +261,7 @@ def fused(**changes):
 
 
 def raw_tag(**changes):
-    tag = json.loads(bytes(encode_tag(tersor.Int8Dynamic(), H, K).tolist())) | changes
+    tag = json.loads(bytes(encode_tag(Tag(tersor.Int8Dynamic(), H, K)).tolist())) | changes
     return bytes_tensor(json.dumps(tag).encode())
 
 
@@ -270,9 +270,9 @@ def bytes_tensor(data):
 
 
 BAD = {
-    "N": ({"0._extra_state": encode_tag(tersor.Int8Dynamic(), H + 1, K)}, r"0 is .*out_features=34.*out_features=33"),
-    "K": ({"0._extra_state": encode_tag(tersor.Int8Dynamic(), H, K + 1)}, r"0 is .*in_features=21.*in_features=20"),
-    "format": ({"0._extra_state": encode_tag(tersor.Int8WeightOnly(), H, K)}, r"0 is Int8WeightOnly\(\).*Int8Dynamic\(\)"),
+    "N": ({"0._extra_state": encode_tag(Tag(tersor.Int8Dynamic(), H + 1, K))}, r"0 is .*out_features=34.*out_features=33"),
+    "K": ({"0._extra_state": encode_tag(Tag(tersor.Int8Dynamic(), H, K + 1))}, r"0 is .*in_features=21.*in_features=20"),
+    "format": ({"0._extra_state": encode_tag(Tag(tersor.Int8WeightOnly(), H, K))}, r"0 is Int8WeightOnly\(\).*Int8Dynamic\(\)"),
     "layout": ({"0._extra_state": raw_tag(layout=2)}, r"0: layout version 2"),
     "unknown format": ({"0._extra_state": raw_tag(format={"name": "int3"})}, r"0: format is 'int3'"),
     "no JSON": ({"0._extra_state": bytes_tensor(b"{")}, r"0: .*not JSON"),
@@ -286,8 +286,8 @@ BAD = {
     "short tiles": ({"0.weight_packed": torch.zeros(2, 5, 64, dtype=torch.uint8)}, r"uint8 \[2, 5, 64\], expected uint8 \[3, 5, 64\]"),
     "wrong dtype": ({"0.weight_packed": torch.zeros(3, 5, 64, dtype=torch.int8)}, r"int8 \[3, 5, 64\], expected uint8"),
     "half scale": ({"0.weight_scale": torch.zeros(H).half()}, r"0\.weight_scale is float16 \[33\], expected float32"),
-    "unknown layer": ({"9._extra_state": encode_tag(tersor.Int8Dynamic(), 4, 4)}, r"9 is Int8Dynamic.*no module of that name"),
-    "not a linear": ({"1._extra_state": encode_tag(tersor.Int8Dynamic(), H, H)}, r"1 is Int8Dynamic.*LayerNorm in the model"),
+    "unknown layer": ({"9._extra_state": encode_tag(Tag(tersor.Int8Dynamic(), 4, 4))}, r"9 is Int8Dynamic.*no module of that name"),
+    "not a linear": ({"1._extra_state": encode_tag(Tag(tersor.Int8Dynamic(), H, H))}, r"1 is Int8Dynamic.*LayerNorm in the model"),
     "norm size": ({"1.weight": torch.zeros(H + 1)}, r"1\.weight is float32 \[34\], expected float32 \[33\]"),
     "norm kind": ({"1.weight": torch.zeros(H, dtype=torch.int32)}, r"1\.weight is int32 \[33\], expected float32"),
     "counter kind": ({"2.num_batches_tracked": torch.tensor(0.5)}, r"num_batches_tracked is float32 \[\], expected int64"),
@@ -324,10 +324,10 @@ def test_a_size_that_lies_needs_no_memory():
     other = nn.Sequential(nn.Linear(4, 4))
     other[0].in_features, other[0].out_features = k, n
     with pytest.raises(ValueError, match="above 132104"):
-        load_(other, {"0._extra_state": encode_tag(tersor.Int8Dynamic(), n, k)})
+        load_(other, {"0._extra_state": encode_tag(Tag(tersor.Int8Dynamic(), n, k))})
     other[0].in_features = 132104
     with pytest.raises(ValueError, match=r"weight_packed is missing; .* uint8 \[68719476736, 33026, 64\]"):
-        load_(other, {"0._extra_state": encode_tag(tersor.Int8Dynamic(), n, 132104)})
+        load_(other, {"0._extra_state": encode_tag(Tag(tersor.Int8Dynamic(), n, 132104))})
 
 
 def test_strict_false(caplog):

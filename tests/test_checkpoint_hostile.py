@@ -17,7 +17,7 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint import load_, save
-from tersor.formats import encode_tag
+from tersor.formats import Tag, encode_tag
 from tersor.nn import QuantLinear
 
 
@@ -156,7 +156,7 @@ def test_values_that_are_no_plain_tensors():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tags_of_every_odd_kind():
-    tag = encode_tag(tersor.Int8Dynamic(), 33, 20)
+    tag = encode_tag(Tag(tersor.Int8Dynamic(), 33, 20))
 
     def edited(old, new):
         return torch.tensor(list(bytes(tag.tolist()).replace(old, new)), dtype=torch.uint8)

@@ -131,13 +131,24 @@ def format_from_dict(data: Any) -> Format:
 _MAX_TAG_BYTES = 4096
 
 
-def encode_tag(fmt: Format, n: int, k: int) -> Tensor:
-    """What identifies a stored layer, as a uint8 tensor of JSON (a tensor, so that safetensors and weights_only carry it)."""
-    tag = {"layout": LAYOUT_VERSION, "format": fmt.to_dict(), "out_features": n, "in_features": k}
-    return torch.tensor(list(json.dumps(tag, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+class Tag(NamedTuple):
+    """What identifies a stored layer. speedup: {M: times the float layer} as measured at the swap, a remark; None: not measured."""
+
+    format: Format
+    n: int
+    k: int
+    speedup: dict[int, float] | None = None
 
 
-def decode_tag(state: Any, where: str) -> tuple[Format, int, int]:
+def encode_tag(tag: Tag) -> Tensor:
+    """As a uint8 tensor of JSON (a tensor, so that safetensors and weights_only carry it)."""
+    data = {"layout": LAYOUT_VERSION, "format": tag.format.to_dict(), "out_features": tag.n, "in_features": tag.k}
+    if tag.speedup:
+        data["speedup"] = {str(m): ratio for m, ratio in tag.speedup.items()}
+    return torch.tensor(list(json.dumps(data, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+
+
+def decode_tag(state: Any, where: str) -> Tag:
     """The inverse of encode_tag; raises ValueError naming `where` on anything malformed or newer than this package."""
     plain = isinstance(state, Tensor) and not state.is_nested and state.layout is torch.strided and not state.is_meta
     if not plain or state.dtype != torch.uint8 or state.dim() != 1:
@@ -158,9 +169,19 @@ def decode_tag(state: Any, where: str) -> tuple[Format, int, int]:
     if type(n) is not int or type(k) is not int or not (0 <= n < 2**40 and 0 <= k < 2**40):
         raise ValueError(f"{where}: the layer's tag says out_features={n!r}, in_features={k!r}, expected sizes")
     try:
-        return format_from_dict(tag.get("format")), n, k
+        return Tag(format_from_dict(tag.get("format")), n, k, _speedup(tag.get("speedup")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _speedup(remark: Any) -> dict[int, float] | None:
+    """None where there is no remark, or none that makes sense: it changes nothing about the layer."""
+    if not isinstance(remark, dict):
+        return None
+    try:
+        return {int(m): float(ratio) for m, ratio in remark.items()}
+    except (TypeError, ValueError):
+        return None
 
 
 def _describe(value: Any) -> str:

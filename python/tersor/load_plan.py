@@ -53,6 +53,7 @@ class _Layer:
     format: Format
     n: int
     k: int
+    speedup: dict[int, float] | None
     prefixes: list[str]  # where the model has it
     slots: dict[str, _Slot] = field(default_factory=dict)  # by the name of the stored tensor
 
@@ -209,8 +210,9 @@ class LoadPlan:
                 value = nn.Parameter(value, requires_grad=slot.target.requires_grad)
             for holder, name in held[id(slot.target)]:
                 holder[name] = value
-        for prefix in self.layers:
+        for prefix, layer in self.layers.items():
             layer_now: Any = self.modules[prefix]
+            layer_now.speedup = layer.speedup
             if layer_now.bias is not None:
                 layer_now._compute_dtype = layer_now.bias.dtype  # a meta bias came with the file's
         # torch's own loader for what has memory already: it runs the hooks of the modules.

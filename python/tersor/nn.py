@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .formats import Format, Int8Dynamic, decode_tag, encode_tag, row_blocks
+from .formats import Format, Int8Dynamic, Tag, decode_tag, encode_tag, row_blocks
 from .ops.tiles import TILE_N
 
 _NO_WEIGHT = (
@@ -44,6 +44,8 @@ class QuantLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.format = fmt
+        # {M: times the float layer}, where only_if_faster measured it at the swap
+        self.speedup: dict[int, float] | None = None
         self._compute_dtype = torch.get_default_dtype() if dtype is None else dtype
         for spec in fmt.tensors(out_features, in_features):
             # Zeros, so that a layer which was never loaded computes its bias rather than noise.
@@ -177,10 +179,10 @@ class QuantLinear(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        return encode_tag(self.format, self.out_features, self.in_features)
+        return encode_tag(Tag(self.format, self.out_features, self.in_features, self.speedup))
 
     def set_extra_state(self, state: Any) -> None:
-        fmt, n, k = decode_tag(state, "QuantLinear")
+        fmt, n, k, speedup = decode_tag(state, "QuantLinear")
         if (n, k) != (self.out_features, self.in_features):
             raise ValueError(
                 f"QuantLinear: the state is of a layer with out_features={n}, in_features={k}, this one has "
@@ -188,11 +190,13 @@ class QuantLinear(nn.Module):
             )
         if fmt != self.format:
             raise ValueError(f"QuantLinear: the state is in format {fmt!r}, this layer in {self.format!r}")
+        self.speedup = speedup
 
     def extra_repr(self) -> str:
+        measured = "" if self.speedup is None else f", speedup={self.speedup}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format!r}"
+            f"format={self.format!r}{measured}"
         )
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .adapters import guard_merges, in_adapter, reads_base_weight
+from .choice import Choice, row_counts
 from .formats import BY_BITS, Format, Int8Dynamic, row_blocks
 from .nn import QuantLinear, has_values
 
 logger = logging.getLogger("tersor")
+T = TypeVar("T")
 
 Config = Format | Mapping[str, "Format | None"]
 Filter = Callable[[nn.Module, str], bool]
@@ -34,6 +37,12 @@ class _Place:
     parent: nn.Module
     name: str
     format: Format
+    speedup: dict[int, float] | None = None
+
+    def layer(self) -> nn.Linear:
+        layer = getattr(self.parent, self.name)
+        assert isinstance(layer, nn.Linear)
+        return layer
 
 
 def quantize_(
@@ -42,6 +51,7 @@ def quantize_(
     filter_fn: Filter | None = None,
     *,
     device: torch.device | str | None = None,
+    only_if_faster: Any = None,
     progress: bool = False,
 ) -> nn.Module:
     """Replaces the nn.Linear layers of `model` by QuantLinear, in place, and returns it.
@@ -52,6 +62,10 @@ def quantize_(
                weight is tied to a module that stays (one warning names it), none with hooks or a forward of its own, none in
                the trainable part of a peft adapter. A dict key that names a layer exactly also overrides the rules.
     device     where each new layer goes, right after it is made; None: where the old one was
+    only_if_faster
+               numbers of rows (1, or (1, 64)), or example inputs that the model is run on once: each layer is measured, float
+               against packed, and swapped where packed is faster over all its calls. What was measured stays with the layer
+               (`speedup`, in its repr and in files); a layer that stays float is logged. None: no measuring.
     progress   a progress bar on stderr
 
     Everything is validated before the first layer is touched: a ValueError leaves the model as it was. The smallest layers go
@@ -63,6 +77,8 @@ def quantize_(
     places = _plan(model, rules, filter_fn)
     for place in places:
         _validate(place)
+    if only_if_faster is not None:
+        places = _faster(model, places, only_if_faster, progress)
     _swap_all(places, device, progress)
     settle(model)
     return model
@@ -335,12 +351,28 @@ def _validate(place: _Place) -> None:
         raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
 
 
+def _faster(model: nn.Module, places: list[_Place], only_if_faster: Any, progress: bool) -> list[_Place]:
+    """The places whose packed layer was measured to be faster; the others are logged."""
+    rows = row_counts(model, [place.layer() for place in places], only_if_faster)
+    choice, faster, stay = Choice(), [], []
+    for place in _tracked(places, progress, "measuring layers"):
+        counts = rows[id(place.layer())]
+        speedup = choice.speedup(place.layer(), place.format, counts) if counts else None
+        if speedup is None:
+            stay.append(place.fqn if counts else f"{place.fqn} (never called)")
+        else:
+            faster.append(dataclasses.replace(place, speedup=speedup))
+    if stay:
+        logger.info("tersor: %d layers stay float, which is as fast here: %s", len(stay), _some(stay))
+    return faster
+
+
 def _swap_all(places: list[_Place], device: torch.device | str | None, progress: bool) -> None:
     groups: dict[int, list[_Place]] = {}  # the places of one weight, by its id: all weights are alive here
     for place in places:
         groups.setdefault(id(getattr(place.parent, place.name).weight), []).append(place)
     # The largest weight last: memory has fallen furthest when its packed copy is made.
-    for group in _tracked(sorted(groups.values(), key=_weight_size), progress):
+    for group in _tracked(sorted(groups.values(), key=_weight_size), progress, "quantizing layers"):
         _swap_group(group, device)
 
 
@@ -358,6 +390,7 @@ def _swap_group(places: list[_Place], device: torch.device | str | None) -> None
         if id(linear) not in made:
             shared = by_format.get(place.format)
             layer = QuantLinear.from_linear(linear, place.format) if shared is None else _with_weight_of(shared, linear)
+            layer.speedup = place.speedup
             made[id(linear)] = by_format[place.format] = layer if device is None else layer.to(device)
             kept.append(linear)
         setattr(place.parent, place.name, made[id(linear)])
@@ -379,13 +412,13 @@ def _with_weight_of(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:
     return layer
 
 
-def _tracked(groups: list[list[_Place]], progress: bool) -> Iterable[list[_Place]]:
+def _tracked(work: list[T], progress: bool, what: str) -> Iterable[T]:
     if not progress:
-        return groups
+        return work
     from rich.console import Console
     from rich.progress import track
 
-    return track(groups, "quantizing layers", console=Console(stderr=True))
+    return track(work, what, console=Console(stderr=True))
 
 
 def settle(model: nn.Module) -> None:

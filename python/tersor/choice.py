@@ -1,0 +1,89 @@
+"""Whether a packed layer is faster than the float one it replaces: measured on this machine, at the swap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bench.timing import interleaved
+from .formats import Format
+from .nn import QuantLinear
+
+Rows = Mapping[int, int]  # M -> how often a forward pass calls the layer with that many rows
+ROUNDS, SECONDS = 7, 0.004
+
+
+class Choice:
+    """Measured decisions, one for each distinct (shape, dtype, format, rows): layers of one shape share theirs."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, dict[int, tuple[float, float]]] = {}
+
+    def speedup(self, linear: nn.Linear, fmt: Format, rows: Rows) -> dict[int, float] | None:
+        """{M: time of the float layer / time of the packed one} where the packed layer wins over `rows` in all, else None.
+
+        Both are called as the model will call them, with the threads torch now has. float64 layers are never packed.
+        """
+        times = self.times(linear, fmt, tuple(sorted(rows)))
+        float_time = sum(times[m][0] * count for m, count in rows.items())
+        packed_time = sum(times[m][1] * count for m, count in rows.items())
+        return {m: round(a / b, 2) for m, (a, b) in times.items()} if packed_time < float_time else None
+
+    def times(self, linear: nn.Linear, fmt: Format, rows: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+        """{M: (seconds of the float layer, seconds of the packed one)}."""
+        key = (tuple(linear.weight.shape), linear.weight.dtype, linear.bias is None, fmt, rows, torch.get_num_threads())
+        if key not in self._known:
+            packed = QuantLinear.from_linear(linear, fmt)
+            self._known[key] = {m: _measure(linear, packed, m) for m in rows}
+        return self._known[key]
+
+
+@torch.inference_mode()
+def _measure(linear: nn.Linear, packed: QuantLinear, m: int) -> tuple[float, float]:
+    x = torch.randn(m, linear.in_features, device=linear.weight.device).to(linear.weight.dtype)
+    timings = interleaved({"float": lambda: linear(x), "packed": lambda: packed(x)}, ROUNDS, SECONDS)
+    return timings["float"].best, timings["packed"].best
+
+
+def row_counts(model: nn.Module, layers: Sequence[nn.Linear], only_if_faster: Any) -> dict[int, Rows]:
+    """What `only_if_faster` says of each layer, by its id: M values for all, or example inputs that the model is run on once.
+
+    Raises ValueError / TypeError, naming the argument, on anything else.
+    """
+    if isinstance(only_if_faster, int) and not isinstance(only_if_faster, bool):
+        only_if_faster = (only_if_faster,)
+    if isinstance(only_if_faster, Sequence) and only_if_faster and all(type(m) is int for m in only_if_faster):
+        if min(only_if_faster) < 1:
+            raise ValueError(f"quantize_: only_if_faster holds {min(only_if_faster)}, expected numbers of rows, 1 or more")
+        rows = dict.fromkeys(only_if_faster, 1)
+        return {id(layer): rows for layer in layers}
+    if isinstance(only_if_faster, Tensor):
+        only_if_faster = (only_if_faster,)
+    if not isinstance(only_if_faster, tuple | dict) or not only_if_faster:
+        raise TypeError(
+            f"quantize_: only_if_faster is {type(only_if_faster).__name__}, expected numbers of rows (1, or (1, 64)), or example "
+            "inputs of the model: a tensor, a tuple of arguments or a dict of them"
+        )
+    return _counts_of_a_run(model, layers, only_if_faster)
+
+
+def _counts_of_a_run(model: nn.Module, layers: Sequence[nn.Linear], inputs: tuple[Any, ...] | dict[str, Any]) -> dict[int, Rows]:
+    counts: dict[int, dict[int, int]] = {id(layer): {} for layer in layers}
+
+    def count(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        m = math.prod(args[0].shape[:-1])
+        if m:
+            counts[id(layer)][m] = counts[id(layer)].get(m, 0) + 1
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in {id(layer): layer for layer in layers}.values()]
+    try:
+        with torch.no_grad():
+            model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dict(counts)

@@ -8,7 +8,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+import tersor
 import tersor.ops as ops
+
+# One of every format; test_formats_are_all_covered sees to it.
+FORMATS = [tersor.Int8Dynamic(), tersor.Int8Static(0.03), tersor.Int8WeightOnly()]
+INPUT_SCALE = torch.tensor(0.03)  # of the static ops
+
+
+def linear_op(name: str):
+    """ops.<name> as a function of (x, weight_packed, weight_scale, bias, epilogue); a static one gets INPUT_SCALE."""
+    op = ops.OPS[name]
+    if "static" not in name:
+        return op
+    return lambda x, tiles, scale, bias, epilogue="none": op(x, tiles, scale, bias, INPUT_SCALE, epilogue)
+
 
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp, relative
 

@@ -23,8 +23,9 @@ from torch import Tensor
 import tersor.ops as ops
 
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError)
+LINEAR = ("linear_dynamic", "linear_static", "linear_weight_only")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("quantize_rows", "linear_dynamic", "linear_weight_only", "linear_acc", "linear_s8", "input_grad")
+NAMES = ("quantize_rows", "quantize_static", *LINEAR, "linear_acc", "linear_s8", "input_grad")
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 33, 40, 70)
 SIZES_N = (0, 1, 2, 15, 16, 17, 31, 33, 48, 65, 100)
 SIZES_K = (0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 130, 259, 520)
@@ -129,8 +130,12 @@ class Fuzz:
         if self.name == "quantize_rows":
             absmax = torch.randn(lead, generator=self.generator) if self.chance(0.3) else None
             return [self.view(self.floats((*lead, k))), absmax]
-        if self.name in ("linear_dynamic", "linear_weight_only"):
-            return [self.view(self.floats((*lead, k))), tiles, scale, bias, epilogue]
+        input_scale = self.moved(torch.tensor(self.pick((0.03, -0.5, 0.0, 2.0**-101, torch.inf, torch.nan))))
+        if self.name == "quantize_static":
+            return [self.view(self.floats((*lead, k))), input_scale]
+        if self.name in LINEAR:
+            extra = [input_scale] if self.name == "linear_static" else []
+            return [self.view(self.floats((*lead, k))), tiles, scale, bias, *extra, epilogue]
         if self.name == "input_grad":
             return [torch.randn((*lead, n), generator=self.generator), tiles, scale, k]
         q = self.view(self.integers(-127, 128, (*lead, k), torch.int8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import json
 import traceback
 from collections.abc import Callable
@@ -173,8 +174,8 @@ def layouts(mesh: DeviceMesh, folder: Path) -> None:
 @torch.no_grad()
 def not_finite_rows(mesh: DeviceMesh, folder: Path) -> None:
     """A NaN or inf on one rank poisons its row on all, and no other."""
-    for dtype in DTYPES:
-        model = layer(192, 96).to(dtype)
+    for dtype, fmt in itertools.product(DTYPES, (tersor.Int8Dynamic(), tersor.Int8Static(0.03))):
+        model = layer(192, 96, fmt).to(dtype)
         x = torch.randn(9, 192).to(dtype)
         x[0, 0], x[1, -1], x[2, 0], x[3, -1] = torch.nan, torch.nan, torch.inf, -torch.inf
         x[4, 0], x[4, -1] = torch.inf, torch.nan

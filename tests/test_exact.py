@@ -65,6 +65,32 @@ def test_epilogues(case: Case, epilogue: str):
     assert_equal(no_bias, ops.linear_dynamic(x, tiles, scale, torch.zeros(case.n), epilogue))
 
 
+# one step of q: usual, saturating, coarse, a sign that does not count, too small, none, and no numbers
+INPUT_SCALES = (0.03, 0.001, 10.0, -0.03, 2.0**-100, 2.0**-101, 0.0, torch.inf, torch.nan)
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_one_known_scale(case: Case):
+    x, tiles, scale, bias = case.make()
+    if case.m > 2 and case.values == "normal":
+        x[1, case.k // 2] = torch.nan
+        x[2, -1] = -torch.inf
+    for step in INPUT_SCALES:
+        input_scale = torch.tensor(step)
+        rows = each_thread_count(lambda s=input_scale: ops.quantize_static(x, s))
+        for got, want in zip(rows, ops.quantize_static.reference(x, input_scale), strict=True):
+            assert_equal(got, want)
+        (y,) = each_thread_count(lambda s=input_scale: (ops.linear_static(x, tiles, scale, bias, s),))
+        assert_equal(y, ops.linear_s8(*rows, tiles, scale, bias, "none", case.dtype))
+        assert_equal(y, ops.linear_static.reference(x, tiles, scale, bias, input_scale))
+        if case.m > 2 and case.values == "normal":
+            assert y[1:3].isnan().all()
+    if case.values == "normal" and case.dtype == torch.float32:
+        # against plain arithmetic, not our own reference
+        q = torch.clamp(torch.round(x[:1] * torch.div(torch.tensor(1.0), torch.tensor(0.03))), -127, 127)
+        assert torch.equal(ops.quantize_static(x[:1], torch.tensor(0.03))[0], q.to(torch.int8))
+
+
 @pytest.mark.parametrize("case", LARGE_K, ids=str)
 def test_largest_k(case: Case):
     # 128 * 127 * 132104 is 0.02 % below 2^31: a partial sum of codes (up to 255) wraps on the way, the result does not

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import EPS, Case, assert_equal, assert_within
+from cases import EPS, INPUT_SCALE, Case, assert_equal, assert_within
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +45,10 @@ def arguments(name: str, lead: tuple[int, ...]) -> tuple[list[Tensor], list]:
         return [q, x_scale, row_sum], [tiles, scale, bias, "relu", torch.bfloat16]
     if name.startswith("input_grad"):
         return [torch.randn(*lead, N)], [tiles, scale, K]
+    if name == "quantize_static":
+        return [x], [INPUT_SCALE]
+    if name.startswith("linear_static"):
+        return [x], [tiles, scale, bias, INPUT_SCALE, "gelu"]
     return [x], [tiles, scale, bias, "gelu"]
 
 
@@ -122,6 +126,7 @@ def test_vmap_without_rows_to_fold():
         )
 
 
+# Int8Static is Int8Dynamic with one more stored tensor: `arguments` covers its ops
 @pytest.fixture(params=[Int8Dynamic(), Int8WeightOnly()], ids=repr)
 def layer(request):
     return QuantLinear.from_linear(nn.Linear(K, N), request.param)
@@ -357,6 +362,7 @@ def test_compiled_autograd(layer):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_transforms(layer, backend: str):
+    torch._dynamo.reset()  # torch allows eight recompilations of a forward
     layer.bias.requires_grad_(False)
     x = torch.randn(B, M, K)
     for f in (vmap(layer), grad(lambda x: layer(x).square().sum()), vmap(grad(lambda x: layer(x).square().sum()))):

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_equal, assert_within
+from cases import FORMATS, assert_equal, assert_within
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tersor
-from tersor import Int8Dynamic, Int8WeightOnly, QuantLinear
+from tersor import Int8WeightOnly, QuantLinear
 
-FORMATS = [Int8Dynamic(), Int8WeightOnly()]
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
 
@@ -343,7 +342,8 @@ class CallsTheOp(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer.format.op(x, self.layer.weight_packed, self.layer.weight_scale, self.layer.bias)
+        layer = self.layer
+        return layer.format.linear(x, layer._parameters, layer._buffers, layer.bias)
 
 
 def test_fx_of_an_op_keeps_gradients(fmt):

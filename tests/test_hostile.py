@@ -11,16 +11,15 @@ import fuzz_raw_ops
 import numpy as np
 import pytest
 import torch
-from cases import EPS, Case, assert_equal, assert_within
+from cases import EPS, FORMATS, INPUT_SCALE, Case, assert_equal, assert_within
 from torch import nn
 
 import tersor
 import tersor.numpy as tn
 import tersor.ops as ops
-from tersor import Int8Dynamic, Int8WeightOnly, QuantLinear
+from tersor import Int8Dynamic, QuantLinear
 
 LAYERS = ["linear_dynamic", "linear_weight_only"]
-FORMATS = [Int8Dynamic(), Int8WeightOnly()]
 N, K = 20, 24
 
 
@@ -83,7 +82,9 @@ def test_arguments_that_are_no_dense_tensors():
     good = {
         "linear_dynamic": {"x": x, "weight_packed": tiles, "weight_scale": scale, "bias": bias},
         "linear_weight_only": {"x": x, "weight_packed": tiles, "weight_scale": scale, "bias": bias},
+        "linear_static": {"x": x, "weight_packed": tiles, "weight_scale": scale, "bias": bias, "input_scale": INPUT_SCALE},
         "quantize_rows": {"x": x, "absmax": torch.ones(3)},
+        "quantize_static": {"x": x, "input_scale": INPUT_SCALE},
         "linear_acc": {"q": q, "row_sum": row_sum, "weight_packed": tiles, "out_features": N},
         "linear_s8": {"q": q, "scale": x_scale, "row_sum": row_sum, "weight_packed": tiles, "weight_scale": scale, "bias": bias},
         "input_grad": {"grad": torch.randn(3, N), "weight_packed": tiles, "weight_scale": scale, "in_features": K},

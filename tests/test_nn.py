@@ -8,13 +8,11 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from cases import assert_equal
+from cases import FORMATS, assert_equal
 from torch import nn
 
 import tersor
-from tersor import Int8Dynamic, Int8WeightOnly, QuantLinear
-
-FORMATS = [Int8Dynamic(), Int8WeightOnly()]
+from tersor import Int8Dynamic, Int8Static, Int8WeightOnly, QuantLinear, formats
 
 
 @pytest.fixture(params=FORMATS, ids=repr)
@@ -40,7 +38,8 @@ def test_relative_error(m: int, k: int):
 
 def test_stored_tensors_are_what_the_format_lists(layer, fmt):
     state = layer.state_dict()
-    assert set(state) == {"bias", "weight_packed", "weight_scale", "_extra_state"}
+    assert set(state) == {"bias", "_extra_state"} | {spec.name for spec in fmt.tensors(37, 70)}
+    assert {"weight_packed", "weight_scale"} < set(state)
     for spec in fmt.tensors(37, 70):
         assert state[spec.name].dtype == spec.dtype
         assert tuple(state[spec.name].shape) == spec.shape
@@ -58,14 +57,14 @@ def test_quantises_in_row_blocks_like_in_one(fmt, monkeypatch):
         assert_equal(got[name], value)
 
 
-def test_dequantize_is_within_half_a_step(layer):
+def test_dequantize_is_within_half_a_step(fmt):
     linear = nn.Linear(70, 37)
-    layer = QuantLinear.from_linear(linear, layer.format)
+    layer = QuantLinear.from_linear(linear, fmt)
     back = layer.dequantize()
     step = layer.weight_scale.unsqueeze(1)
     assert ((back.weight - linear.weight).abs() <= step * 0.5001).all()
     assert back.bias is linear.bias
-    assert_equal(QuantLinear.from_linear(back, layer.format).weight_packed, layer.weight_packed)
+    assert_equal(QuantLinear.from_linear(back, fmt).weight_packed, layer.weight_packed)
 
 
 def test_zero_rows_and_bad_weights(fmt):
@@ -178,6 +177,7 @@ def test_made_under_inference_mode(fmt):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(layer, backend):
+    torch._dynamo.reset()  # each format is a recompilation of the same forward, of which torch allows eight
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
     for m in (3, 5, 17):
         x = torch.randn(m, 70)
@@ -188,8 +188,56 @@ def test_compile(layer, backend):
 
 
 def test_repr_and_arguments(layer, fmt):
-    assert repr(layer) == f"QuantLinear(in_features=70, out_features=37, bias=True, format={fmt!r})"
+    assert repr(layer) == f"QuantLinear(in_features=70, out_features=37, bias=True, format={fmt.stored()!r})"
     with pytest.raises(TypeError, match="format is 'int8', expected a format"):
         QuantLinear(4, 4, format="int8")
     with pytest.raises(ValueError, match="in_features=132105 is above 132104"):
         tersor.QuantLinear(132105, 4, device="meta")
+
+
+# ---- Int8Static: a scale that is known -------------------------------------------------------------------------------------------
+
+
+def test_formats_are_all_covered():
+    assert {type(fmt) for fmt in FORMATS} == set(formats.FORMATS.values())
+
+
+def test_known_scale_is_stored_and_may_be_set_later():
+    linear = nn.Linear(40, 24)
+    x = torch.randn(5, 40)
+    layer = QuantLinear.from_linear(linear, Int8Static(x.abs().max().item() / 127))
+    assert layer.format == Int8Static()
+    assert layer.input_scale.dtype == torch.float32
+    with torch.no_grad():
+        want = linear(x)
+        assert (layer(x) - want).norm() < 0.02 * want.norm()
+        coarse = layer(x * 50)  # saturates
+        layer.input_scale.mul_(50)
+        assert (layer(x * 50) - linear(x * 50)).norm() < (coarse - linear(x * 50)).norm() / 10
+    assert layer.half().input_scale.dtype == torch.float32
+    loaded = QuantLinear(40, 24, format=Int8Static(), dtype=torch.float16)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded.input_scale, layer.input_scale)
+    assert b"input_scale" not in bytes(layer.get_extra_state().tolist())
+
+
+@pytest.mark.parametrize("value", [0, -0.1, torch.nan, torch.inf, "0.1"])
+def test_known_scale_must_be_a_positive_number(value):
+    with pytest.raises(ValueError, match="Int8Static: input_scale is .*expected a positive number"):
+        Int8Static(value)
+
+
+def test_known_scale_is_needed():
+    with pytest.raises(ValueError, match="Int8Static: input_scale is missing; give the largest"):
+        QuantLinear.from_linear(nn.Linear(4, 4), Int8Static())
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="input_scale is missing"):
+        tersor.quantize_(model, {"0": Int8Static(0.1), "_default": Int8Static()})
+    assert type(model[0]) is nn.Linear
+
+
+def test_tag_with_a_scale_in_it_is_refused():
+    layer = QuantLinear.from_linear(nn.Linear(4, 4), Int8Static(0.1))
+    forged = bytes(layer.get_extra_state().tolist()).replace(b'"int8-static"', b'"int8-static", "input_scale": 3')
+    with pytest.raises(ValueError, match="format 'int8-static' has unknown fields: input_scale"):
+        layer.set_extra_state(torch.tensor(list(forged), dtype=torch.uint8))

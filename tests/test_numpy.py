@@ -35,6 +35,11 @@ def test_same_bits_as_torch(case: Case):
         assert np.array_equal(got, ops.linear_dynamic(x, tiles, scale, bias.float(), epilogue).numpy())
         got = tn.linear_s8(q, s, r, tn_tiles, sn, bn, epilogue)
         assert np.array_equal(got, ops.linear_s8(*map(torch.from_numpy, (q, s, r)), tiles, scale, bias.float(), epilogue).numpy())
+    step = np.float32(0.03)
+    for got, want in zip(tn.quantize_static(xn, step), ops.quantize_static(x, torch.tensor(step)), strict=True):
+        assert np.array_equal(got, want.numpy())
+    got = tn.linear_static(xn, tn_tiles, sn, bn, step, "relu")
+    assert np.array_equal(got, ops.linear_static(x, tiles, scale, bias.float(), torch.tensor(step), "relu").numpy())
     torch.set_num_threads(1)  # float sums are in the same order where the split over threads is
     assert np.array_equal(tn.linear_weight_only(xn, tn_tiles, sn, None), ops.linear_weight_only(x, tiles, scale, None).numpy())
 

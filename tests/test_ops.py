@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_equal, assert_within
+from cases import INPUT_SCALE, Case, assert_equal, assert_within, linear_op
 from torch.library import opcheck
 
 import tersor.ops as ops
+
+LINEAR = ["linear_dynamic", "linear_static", "linear_weight_only"]
 
 
 @pytest.fixture
@@ -29,7 +31,12 @@ def arguments(name: str, layer) -> tuple:
     if name == "input_grad_differentiable":
         return (torch.randn(5, 37, requires_grad=True), tiles, scale, 70)
     if name.endswith("_differentiable"):
-        return (x.requires_grad_(), tiles, scale, bias.requires_grad_(), "silu")
+        extra = (INPUT_SCALE,) if "static" in name else ()
+        return (x.requires_grad_(), tiles, scale, bias.requires_grad_(), *extra, "silu")
+    if name == "quantize_static":
+        return (x, INPUT_SCALE)
+    if name == "linear_static":
+        return (x, tiles, scale, bias, INPUT_SCALE, "relu")
     return (x, tiles, scale, bias, "relu")
 
 
@@ -52,10 +59,10 @@ def test_reference_under_autocast(name: str, layer):
         assert_equal(g, w)
 
 
-@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only"])
+@pytest.mark.parametrize("name", LINEAR)
 def test_output_has_the_autocast_dtype(name: str, layer):
     x, tiles, scale, bias = layer
-    op = ops.OPS[name]
+    op = linear_op(name)
     want = op(x, tiles, scale, bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = op(x, tiles, scale, bias)
@@ -69,21 +76,22 @@ def test_output_has_the_autocast_dtype(name: str, layer):
 
 
 @pytest.mark.parametrize("epilogue", ops.EPILOGUES)
-@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only"])
+@pytest.mark.parametrize("name", LINEAR)
 def test_gradients(name: str, epilogue: str):
     """The straight-through gradient: that of the float layer with the stored weights, at the quantised layer's pre-activation."""
     x, tiles, scale, bias = Case(6, 21, 40).make()
     x.requires_grad_()
     bias.requires_grad_()
-    y = ops.OPS[name](x, tiles, scale, bias, epilogue)
-    assert_equal(y.detach(), ops.OPS[name](x.detach(), tiles, scale, bias.detach(), epilogue))
+    op = linear_op(name)
+    y = op(x, tiles, scale, bias, epilogue)
+    assert_equal(y.detach(), op(x.detach(), tiles, scale, bias.detach(), epilogue))
     grad = torch.randn_like(y)
     got = torch.autograd.grad(y, (x, bias), grad)
 
     w = ops.to_rows(tiles, 21, 40).float() * scale.unsqueeze(1)
     x2, bias2 = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
     linear = x2 @ w.t() + bias2
-    before = ops.OPS[name](x.detach(), tiles, scale, bias.detach())
+    before = op(x.detach(), tiles, scale, bias.detach())
     shifted = linear + (before - linear).detach()  # the value of the quantised layer, the slope of the float one
     want = torch.autograd.grad(ops.EPILOGUES[epilogue](shifted), (x2, bias2), grad)
     for g, r in zip(got, want, strict=True):
@@ -158,6 +166,9 @@ def bad_inputs():
         ValueError,
         "above 132104",
     )
+    yield "quantize_static", (x, torch.ones(1)), ValueError, r"input_scale is torch.float32 \[1\], expected float32 \[\]"
+    yield "linear_static", (x, tiles, scale, bias, torch.tensor(1)), ValueError, r"input_scale is torch.int64 \[\], expected"
+    yield "linear_static", (x, tiles, scale, bias, INPUT_SCALE.to("meta")), ValueError, "input_scale is on meta, x on cpu"
     yield "linear_weight_only", (x.double(), tiles, scale, bias), TypeError, "x is torch.float64"
     yield "quantize_rows", (x, torch.ones(2)), ValueError, r"absmax is torch.float32 \[2\], expected torch.float32 \[3\]"
     yield "linear_acc", (x, row_sum, tiles, 20), TypeError, "q is torch.float32, expected torch.int8; make it with quantize_rows"

@@ -61,11 +61,8 @@ tersor::LinearWeights weights_of(const char* function, const py::array& weight_p
   return w;
 }
 
-py::tuple quantize_rows(const py::array& x, const py::object& absmax) {
-  constexpr const char* kName = "quantize_rows";
+py::tuple quantize(const char* name, const XRows& r, const float* absmax, const float* input_scale) {
   const auto& table = tersor::table_or_throw();
-  const XRows r = rows_of(kName, x);
-  const float* given = absmax.is_none() ? nullptr : exact<float>(kName, "absmax", py::cast<py::array>(absmax), {r.M});
   py::array_t<int8_t> q({r.M, r.K});
   py::array_t<float> scale(r.M);
   py::array_t<int32_t> row_sum(r.M);
@@ -75,20 +72,33 @@ py::tuple quantize_rows(const py::array& x, const py::object& absmax) {
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
-    error = tersor::quantize_rows(table, r.M, r.K, r.rows, given, nullptr, q_out, scale_out, sum_out);
+    error = tersor::quantize_rows(table, r.M, r.K, r.rows, absmax, input_scale, q_out, scale_out, sum_out);
   }
-  tersor::check_memory(kName, error);
+  tersor::check_memory(name, error);
   return py::make_tuple(q, scale, row_sum);
+}
+
+py::tuple quantize_rows(const py::array& x, const py::object& absmax) {
+  constexpr const char* kName = "quantize_rows";
+  const XRows r = rows_of(kName, x);
+  return quantize(kName, r, absmax.is_none() ? nullptr : exact<float>(kName, "absmax", py::cast<py::array>(absmax), {r.M}),
+                  nullptr);
+}
+
+py::tuple quantize_static(const py::array& x, float input_scale) {
+  return quantize("quantize_static", rows_of("quantize_static", x), nullptr, &input_scale);
 }
 
 using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
                                      const tersor::Output&);
 
 py::array float_linear(const char* name, LinearDriver driver, const py::array& x, const py::array& weight_packed,
-                       const py::array& weight_scale, const py::object& bias, const std::string& epilogue) {
+                       const py::array& weight_scale, const py::object& bias, const float* input_scale,
+                       const std::string& epilogue) {
   const auto& table = tersor::table_or_throw();
   const XRows r = rows_of(name, x);
-  const tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K);
+  tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K);
+  w.input_scale = input_scale;
   py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
   const tersor::Output out{y.mutable_data(), r.rows.dtype};
   const char* error = nullptr;
@@ -102,12 +112,17 @@ py::array float_linear(const char* name, LinearDriver driver, const py::array& x
 
 py::array linear_dynamic(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
                          const std::string& epilogue) {
-  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue);
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, nullptr, epilogue);
+}
+
+py::array linear_static(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
+                        float input_scale, const std::string& epilogue) {
+  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, &input_scale, epilogue);
 }
 
 py::array linear_weight_only(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
                              const py::object& bias, const std::string& epilogue) {
-  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue);
+  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, nullptr, epilogue);
 }
 
 tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array& row_sum, int64_t* M, int64_t* K) {
@@ -218,7 +233,9 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("epilogues", &epilogues);
   m.def("run_limit", &run_limit);
   m.def("quantize_rows", &quantize_rows, py::arg("x"), py::arg("absmax") = py::none());
+  m.def("quantize_static", &quantize_static);
   m.def("linear_dynamic", &linear_dynamic);
+  m.def("linear_static", &linear_static);
   m.def("linear_weight_only", &linear_weight_only);
   m.def("linear_acc", &linear_acc);
   m.def("linear_s8", &linear_s8);

@@ -176,32 +176,47 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   return Tensor(made);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor x, OptionalTensor absmax) {
-  constexpr const char* kName = "quantize_rows";
-  const auto& table = tersor::table_or_throw();
-  XRows r = rows_of(kName, x);
+using Quantized = std::tuple<Tensor, Tensor, Tensor>;  // q, scale, row_sum
+
+Quantized quantize(const char* name, const XRows& r, const float* absmax, const float* input_scale) {
   const std::vector<int64_t> lead(r.out_sizes.begin(), r.out_sizes.end() - 1);
-  Keep keep;
-  const auto* given = absmax ? static_cast<const float*>(per_row(kName, "absmax", *absmax, ScalarType::Float, x, &keep)) : nullptr;
   Tensor q = empty(r.out_sizes, ScalarType::Char);
   Tensor scale = empty(lead, ScalarType::Float);
   Tensor row_sum = empty(lead, ScalarType::Int);
   tersor::check_memory(
-      kName,
-      tersor::quantize_rows(table, r.M, r.K, r.rows, given, nullptr, static_cast<int8_t*>(q.mutable_data_ptr()),
-                            static_cast<float*>(scale.mutable_data_ptr()), static_cast<int32_t*>(row_sum.mutable_data_ptr())));
+      name, tersor::quantize_rows(tersor::table_or_throw(), r.M, r.K, r.rows, absmax, input_scale,
+                                  static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()),
+                                  static_cast<int32_t*>(row_sum.mutable_data_ptr())));
   return {q, scale, row_sum};
+}
+
+Quantized quantize_rows(Tensor x, OptionalTensor absmax) {
+  constexpr const char* kName = "quantize_rows";
+  const XRows r = rows_of(kName, x);
+  Keep keep;
+  const auto* given = absmax ? static_cast<const float*>(per_row(kName, "absmax", *absmax, ScalarType::Float, x, &keep)) : nullptr;
+  return quantize(kName, r, given, nullptr);
+}
+
+Quantized quantize_static(Tensor x, Tensor input_scale) {
+  constexpr const char* kName = "quantize_static";
+  const XRows r = rows_of(kName, x);
+  Keep keep;
+  return quantize(kName, r, nullptr,
+                  static_cast<const float*>(exact(kName, "input_scale", input_scale, ScalarType::Float, {}, &keep)));
 }
 
 using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
                                      const tersor::Output&);
 
 Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, const Tensor& weight_packed, const Tensor& weight_scale,
-                    const OptionalTensor& bias, const std::string& epilogue) {
+                    const OptionalTensor& bias, const Tensor* input_scale, const std::string& epilogue) {
   const auto& table = tersor::table_or_throw();
   XRows r = rows_of(name, x);
   Keep keep;
-  const tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K, &keep);
+  tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K, &keep);
+  if (input_scale)
+    w.input_scale = static_cast<const float*>(exact(name, "input_scale", *input_scale, ScalarType::Float, {}, &keep));
   r.out_sizes.back() = w.N;
   Tensor y = empty(r.out_sizes, x.scalar_type());
   tersor::check_memory(name, driver(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
@@ -209,11 +224,16 @@ Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, cons
 }
 
 Tensor linear_dynamic(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
-  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue);
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, nullptr, epilogue);
+}
+
+Tensor linear_static(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, Tensor input_scale,
+                     std::string epilogue) {
+  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, &input_scale, epilogue);
 }
 
 Tensor linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
-  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue);
+  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, nullptr, epilogue);
 }
 
 // q [..., K] int8 with any row stride; row_sum (and scale) one for each row, contiguous.
@@ -282,7 +302,9 @@ Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, T
 STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) {
   tersor::thread_pool = {[]() -> int64_t { return torch::stable::get_num_threads(); }, run_on_torch_threads};
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_static", TORCH_BOX(&linear_static));
   m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
   m.impl("linear_acc", TORCH_BOX(&linear_acc));
   m.impl("linear_s8", TORCH_BOX(&linear_s8));

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -45,7 +46,8 @@ class Format:
         cls.__repr__ = Format.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in dataclasses.fields(self))})"
+        given = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
         """The stored tensors of an [N, K] layer, bias apart."""
@@ -59,6 +61,14 @@ class Format:
         """Stored tensors (or slices of whole n tiles) -> float32 [n, K]."""
         raise NotImplementedError
 
+    def constants(self) -> dict[str, Tensor]:
+        """Stored tensors that do not follow from the weight; raises ValueError where the format still lacks what they hold."""
+        return {}
+
+    def stored(self) -> Format:
+        """The format as a layer keeps it: without what has become a stored tensor."""
+        return self
+
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
         """The layer: one call of self.op on its stored tensors."""
         raise NotImplementedError
@@ -69,7 +79,12 @@ class Format:
             raise ValueError(f"{self!r}: in_features={k} is above {MAX_K}, the largest for which int32 sums are exact")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.tag, **dataclasses.asdict(self)}
+        return {"name": self.tag, **{name: getattr(self, name) for name in _tag_fields(type(self))}}
+
+
+def _tag_fields(cls: type[Format]) -> list[str]:
+    """Fields that identify a format: those that count in a comparison. The others are stored as tensors."""
+    return [f.name for f in dataclasses.fields(cls) if f.compare]
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,41 @@ class Int8Dynamic(_Int8):
 
 
 @dataclass(frozen=True)
+class Int8Static(_Int8):
+    """Int8 weights per channel, activations quantised by one scale that is known beforehand: no pass over x to find its absmax.
+
+    input_scale  one step of the quantised activations: the largest |x| the layer is to see, divided by 127; larger values saturate.
+                 Needed to make a layer; then it is the layer's buffer `input_scale`, float32 [], which may be set later.
+    """
+
+    tag: ClassVar[str] = "int8-static"
+    op: ClassVar[ops.Op] = ops.linear_static
+    input_scale: float | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        s = self.input_scale
+        if s is not None and not (isinstance(s, int | float) and 0 < s < math.inf):
+            raise ValueError(f"Int8Static: input_scale is {s!r}, expected a positive number (largest |x| / 127)")
+
+    def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return (*super().tensors(n, k), TensorSpec("input_scale", torch.float32, (), False))
+
+    def constants(self) -> dict[str, Tensor]:
+        if self.input_scale is None:
+            raise ValueError(
+                "Int8Static: input_scale is missing; give the largest |x| the layer is to see, divided by 127, for each layer: "
+                '{"fc1": Int8Static(0.02), ...}'
+            )
+        return {"input_scale": torch.tensor(self.input_scale, dtype=torch.float32, device="cpu")}
+
+    def stored(self) -> Format:
+        return Int8Static()
+
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        return self.op(x, parameters["weight_packed"], buffers["weight_scale"], bias, buffers["input_scale"])
+
+
+@dataclass(frozen=True)
 class Int8WeightOnly(_Int8):
     """Int8 weights per channel, float activations and sums: the accuracy of float activations, faster where M is small."""
 
@@ -109,7 +159,7 @@ class Int8WeightOnly(_Int8):
     op: ClassVar[ops.Op] = ops.linear_weight_only
 
 
-FORMATS: dict[str, type[Format]] = {cls.tag: cls for cls in (Int8Dynamic, Int8WeightOnly)}
+FORMATS: dict[str, type[Format]] = {cls.tag: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly)}
 
 # quantize_weights(num_bits, activations) -> format
 BY_BITS: dict[tuple[int, str | None], type[Format]] = {(8, "int8"): Int8Dynamic, (8, None): Int8WeightOnly}
@@ -122,7 +172,7 @@ def format_from_dict(data: Any) -> Format:
         raise ValueError(f"format is {name!r}, expected one of: {', '.join(FORMATS)}")
     cls = FORMATS[name]
     given = {key: value for key, value in data.items() if key != "name"}
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = set(_tag_fields(cls))
     if not given.keys() <= known:
         raise ValueError(f"format {name!r} has unknown fields: {', '.join(sorted(given.keys() - known))}")
     return cls(**given)

@@ -43,7 +43,7 @@ class QuantLinear(nn.Module):
         fmt.check_sizes(out_features, in_features)
         self.in_features = in_features
         self.out_features = out_features
-        self.format = fmt
+        self.format = fmt.stored()
         # {M: times the float layer}, where only_if_faster measured it at the swap
         self.speedup: dict[int, float] | None = None
         self._compute_dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -70,10 +70,13 @@ class QuantLinear(nn.Module):
         n, k = weight.shape
         device = weight.device
         stored: dict[str, Tensor] = {}
+        constants = format.constants() if format is not None else {}
         # A swap under inference_mode must not leave inference tensors in the model.
         with torch.inference_mode(False), torch.no_grad():
             for spec in layer.specs():
                 stored[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+                if spec.name in constants:
+                    stored[spec.name].copy_(constants[spec.name])
             if has_values(weight):
                 for begin, end in row_blocks(n, k):
                     rows = weight[begin:end]
@@ -109,9 +112,11 @@ class QuantLinear(nn.Module):
                     part = {}
                     for spec in self.specs():
                         whole = getattr(self, spec.name)
-                        per_channel = spec.shape[0] == n
-                        first, last = (begin, end) if per_channel else (begin // TILE_N, -(-end // TILE_N))
-                        part[spec.name] = whole[first:last]
+                        if spec.shape:
+                            per_channel = spec.shape[0] == n
+                            first, last = (begin, end) if per_channel else (begin // TILE_N, -(-end // TILE_N))
+                            whole = whole[first:last]
+                        part[spec.name] = whole
                     weight[begin:end] = self.format.dequantize(part, end - begin, k)
             linear.weight = nn.Parameter(weight)
         linear.bias = self.bias  # type: ignore[assignment]

@@ -73,6 +73,11 @@ def quantize_rows(x: Array, absmax: Array | None = None) -> tuple[Array, Array, 
     return _kernels().quantize_rows(_floats("quantize_rows", "x", x), _vector("quantize_rows", "absmax", absmax, np.float32))
 
 
+def quantize_static(x: Array, input_scale: float) -> tuple[Array, Array, Array]:
+    """The same by one known scale for all rows; as ops.quantize_static."""
+    return _kernels().quantize_static(_floats("quantize_static", "x", x), float(input_scale))
+
+
 def linear_acc(q: Array, row_sum: Array, weight_packed: Array, out_features: int) -> Array:
     """Exact int32 [M, N] accumulators of int8 rows q [M, K] and tiles; as ops.linear_acc."""
     q = _rows_s8("linear_acc", q)
@@ -111,6 +116,13 @@ def linear_dynamic(x: Array, weight_packed: Array, weight_scale: Array, bias: Ar
     return _float_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue)
 
 
+def linear_static(
+    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, input_scale: float, epilogue: str = "none"
+) -> Array:
+    """The int8 layer whose activations have one known scale, [M, N] in the dtype of x; as ops.linear_static."""
+    return _float_linear("linear_static", x, weight_packed, weight_scale, bias, float(input_scale), epilogue)
+
+
 def linear_weight_only(
     x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none"
 ) -> Array:
@@ -118,12 +130,12 @@ def linear_weight_only(
     return _float_linear("linear_weight_only", x, weight_packed, weight_scale, bias, epilogue)
 
 
-def _float_linear(function: str, x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, epilogue: str) -> Array:
+def _float_linear(function: str, x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, *rest: Any) -> Array:
     x = _floats(function, "x", x)
     scales = _vector(function, "weight_scale", weight_scale, np.float32)
     _check_tiles(function, weight_packed, len(scales), x.shape[1])
     return getattr(_kernels(), function)(
-        x, np.ascontiguousarray(weight_packed), scales, _vector(function, "bias", bias, np.float32), epilogue
+        x, np.ascontiguousarray(weight_packed), scales, _vector(function, "bias", bias, np.float32), *rest
     )
 
 

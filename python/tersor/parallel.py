@@ -19,7 +19,7 @@ DDP does not resend. Tensor parallelism comes first where both are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -41,22 +41,41 @@ from .ops.tiles import TILE_N
 __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
 
-def _row_int8(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+Stored = Mapping[str, Any]  # the stored tensors of a layer, by name, as this rank has them
+
+
+def _row_int8(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     """Int8Dynamic on a slice of K: every rank quantises with the scale of the whole row and the int32 sums are added, so the result
     is that of one process bit for bit (classes I and E)."""
     absmax = row_absmax(x).float()
     # Backends disagree on MAX with NaN (gloo keeps or drops it by rank order); inf is ordered, and poisons a row just as well.
     absmax = torch.where(torch.isfinite(absmax), absmax, torch.inf)
     dist.all_reduce(absmax, op=dist.ReduceOp.MAX, group=group)
-    q, scale, row_sum = ops.quantize_rows(x, absmax)
-    acc = ops.linear_acc(q, row_sum, weight_packed, weight_scale.shape[0])
+    return _add_sums(ops.quantize_rows(x, absmax), stored, bias, group, x.dtype)
+
+
+def _row_static(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """Int8Static on a slice of K: the scale is known, only a NaN or inf on another rank is not."""
+    q, scale, row_sum = ops.quantize_static(x, stored["input_scale"])
+    poisoned = scale.isnan().to(torch.int32)
+    dist.all_reduce(poisoned, op=dist.ReduceOp.MAX, group=group)
+    scale = torch.where(poisoned.bool(), torch.nan, scale)
+    return _add_sums((q, scale, row_sum), stored, bias, group, x.dtype)
+
+
+def _add_sums(
+    rows: tuple[Tensor, Tensor, Tensor], stored: Stored, bias: Tensor | None, group: dist.ProcessGroup, dtype: torch.dtype
+) -> Tensor:
+    q, scale, row_sum = rows
+    weight_scale = stored["weight_scale"]
+    acc = ops.linear_acc(q, row_sum, stored["weight_packed"], weight_scale.shape[0])
     dist.all_reduce(acc, op=dist.ReduceOp.SUM, group=group)
-    return finish(acc, scale, weight_scale, bias, "none", x.dtype)
+    return finish(acc, scale, weight_scale, bias, "none", dtype)
 
 
-def _row_float(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+def _row_float(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     """Int8WeightOnly on a slice of K: float32 sums are added, in the backend's order (class F: bounded, not bit for bit)."""
-    y = ops.linear_weight_only(x.float(), weight_packed, weight_scale, None)
+    y = ops.linear_weight_only(x.float(), stored["weight_packed"], stored["weight_scale"], None)
     dist.all_reduce(y, op=dist.ReduceOp.SUM, group=group)
     if bias is not None:
         y = y + bias.float()
@@ -71,7 +90,11 @@ class _Split(NamedTuple):
 
 
 # By Format.tag. A format that is not here (a sparse one: its tensors do not follow N or K) is refused by name.
-SPLITTABLE: dict[str, _Split] = {"int8-dynamic": _Split(8, _row_int8), "int8-weight-only": _Split(8, _row_float)}
+SPLITTABLE: dict[str, _Split] = {
+    "int8-dynamic": _Split(8, _row_int8),
+    "int8-static": _Split(8, _row_static),
+    "int8-weight-only": _Split(8, _row_float),
+}
 
 
 def _split_of(style: str, fmt: Format) -> _Split:
@@ -166,14 +189,9 @@ class _RowwiseQuantLinear(_ParallelQuantLinear):
     _y_placement = Replicate()
 
     def _forward_local(self, x: Tensor) -> Tensor:
-        y = _RowLinear.apply(
-            x,
-            _local(self._parameters["weight_packed"]),
-            _local(self._buffers["weight_scale"]),
-            _local(self._parameters["bias"]),
-            SPLITTABLE[self.format.tag].row,
-            self._mesh.get_group(),
-        )
+        stored = {spec.name: _local(getattr(self, spec.name)) for spec in self.specs()}
+        row = SPLITTABLE[self.format.tag].row
+        y = _RowLinear.apply(x, _local(self._parameters["bias"]), stored, row, self._mesh.get_group())
         device = x.device.type
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
@@ -190,25 +208,24 @@ class _RowLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight_packed: Tensor,
-        weight_scale: Tensor,
         bias: Tensor | None,
+        stored: Stored,
         row: Callable[..., Tensor],
         group: dist.ProcessGroup,
     ) -> Tensor:
-        ctx.save_for_backward(weight_packed, weight_scale)
+        ctx.save_for_backward(stored["weight_packed"], stored["weight_scale"])
         ctx.in_features = x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return row(x, weight_packed, weight_scale, bias, group)
+        return row(x, stored, bias, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight_packed, weight_scale = ctx.saved_tensors
         grad_x = ops.input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.needs_input_grad[0] else None
         grad_bias = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[1]:
             grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None
+        return grad_x, grad_bias, None, None, None
 
 
 class _Style(ParallelStyle):
@@ -284,7 +301,8 @@ class RowwiseParallel(_Style):
     use_local_output  y as a plain tensor, the local part, rather than a DTensor
 
     Int8Dynamic sends float32 [M] (absmax) and int32 [M, N] (sums); y equals that of one process bit for bit, and a NaN or inf on
-    one rank makes its row NaN on all. Int8WeightOnly sends float32 [M, N]; y is within a bound (class F). Backward sends nothing.
+    one rank makes its row NaN on all. Int8Static sends int32 [M] in place of the absmax. Int8WeightOnly sends float32 [M, N]; y is
+    within a bound (class F). Backward sends nothing.
     parallelize_module raises TypeError where the module is no QuantLinear, ValueError where its format cannot be split or
     in_features is no multiple of ranks x lcm(16, kt, group_size). Source: Shoeybi et al., arXiv:1909.08053, section 3.
     """

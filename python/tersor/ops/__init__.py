@@ -12,9 +12,9 @@ from .differentiable import (
 )
 from .epilogues import EPILOGUES
 from .int_matmul import int_matmul
-from .linear_int8 import linear_acc, linear_dynamic, linear_s8
+from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
 from .linear_weight_only import linear_weight_only
-from .quantize_rows import quantize_rows
+from .quantize_rows import quantize_rows, quantize_static
 from .tiles import from_rows, pack, to_rows, unpack
 
 NATIVE = native.load_torch_ops()
@@ -32,10 +32,13 @@ __all__ = [
     "linear_dynamic",
     "linear_dynamic_differentiable",
     "linear_s8",
+    "linear_static",
+    "linear_static_differentiable",
     "linear_weight_only",
     "linear_weight_only_differentiable",
     "pack",
     "quantize_rows",
+    "quantize_static",
     "to_rows",
     "unpack",
 ]

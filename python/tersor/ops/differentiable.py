@@ -16,7 +16,7 @@ from torch import Tensor
 from ._register import TWIN, Op, library, op
 from .checks import FLOATS, as_rows, check_device, check_tensors, check_weights
 from .epilogues import EPILOGUES
-from .linear_int8 import linear_dynamic
+from .linear_int8 import linear_dynamic, linear_static
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
 from .tiles import MAX_K, TILE_N, to_rows
 from .transforms import register_autograd, route_to_twin
@@ -67,11 +67,11 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight_packed, weight_scale, bias, *rest = inputs
-    ctx.epilogue = rest[0] if rest else "none"
-    # x itself is needed only to differentiate an activation; its shape is known from grad and K.
+    ctx.epilogue = rest.pop() if rest and isinstance(rest[-1], str) else "none"
+    # x itself (and what quantises it) is needed only to differentiate an activation; its shape is known from grad and K.
     ctx.in_features = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(weight_packed, weight_scale, *(() if ctx.epilogue == "none" else (x, bias)))
+    ctx.save_for_backward(weight_packed, weight_scale, *(() if ctx.epilogue == "none" else (x, bias, *rest)))
 
 
 def _make(raw: Op, doc: str) -> Op:
@@ -81,15 +81,15 @@ def _make(raw: Op, doc: str) -> Op:
         weight_packed, weight_scale, *rest = ctx.saved_tensors
         if ctx.epilogue != "none":
             # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
-            x, bias = rest
-            before = raw(x, weight_packed, weight_scale, bias, "none").float()
+            x, *others = rest
+            before = raw(x, weight_packed, weight_scale, *others, "none").float()
             pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
             grad = pull_back(grad.float())[0].to(grad.dtype)
         grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.wanted[0] else None
         grad_bias = None
         if ctx.wanted[3]:
             grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None
+        return grad_x, None, None, grad_bias, *[None] * (len(raw.arguments) - 4)
 
     return _make_twin(raw, doc, _setup, backward, autocast=True)
 
@@ -104,6 +104,7 @@ def _backward_of_input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x and bias.")
+linear_static_differentiable = _make(linear_static, "ops.linear_static with gradients for x and bias.")
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
 input_grad_differentiable = _make_twin(
     input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False

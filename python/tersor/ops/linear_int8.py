@@ -9,7 +9,7 @@ from . import int_matmul as _int_matmul
 from ._register import op
 from .checks import FLOATS, as_rows, check_device, check_last_dim, check_per_row, check_tensors, check_weights, check_x
 from .epilogues import EPILOGUES
-from .quantize_rows import quantize_rows
+from .quantize_rows import check_input_scale, quantize_rows, quantize_static
 from .tiles import check_tiles, to_rows
 
 
@@ -142,4 +142,34 @@ def linear_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias:
     """
     _check_dynamic(x, weight_packed, weight_scale, bias, epilogue)
     q, scale, row_sum = quantize_rows.reference(x)
+    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype)
+
+
+def _check_static(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor, epilogue: str = "none"
+) -> Tensor:
+    k = check_x("linear_static", x)
+    check_input_scale("linear_static", input_scale)
+    others = {"weight_packed": weight_packed, "weight_scale": weight_scale, "bias": bias, "input_scale": input_scale}
+    check_device("linear_static", x, **others)
+    n = check_weights("linear_static", k, weight_packed, weight_scale, bias, epilogue)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@op(
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, Tensor input_scale, str epilogue='none') -> Tensor",
+    check=_check_static,
+    kernels=("quantize_x", "gemm_w8"),
+    autocast=True,
+)
+def linear_static(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor, epilogue: str = "none"
+) -> Tensor:
+    """Int8 linear layer whose activations have one known scale: quantize_static, integer GEMM, epilogue, in one call.
+
+    input_scale    float32 []: one step of the quantised activations (largest |x| / 127)
+    The other arguments, the result and the errors are those of ops.linear_dynamic.
+    """
+    _check_static(x, weight_packed, weight_scale, bias, input_scale, epilogue)
+    q, scale, row_sum = quantize_static.reference(x, input_scale)
     return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype)

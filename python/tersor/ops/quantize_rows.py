@@ -27,18 +27,22 @@ def row_absmax(x: Tensor) -> Tensor:
     return x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
 
 
-def _check(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    check_x("quantize_rows", x)
+def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lead = x.shape[:-1]
-    check_device("quantize_rows", x, absmax=absmax)
-    if absmax is not None:
-        check_tensors("quantize_rows", absmax=absmax)
-        check_per_row("quantize_rows", "absmax", absmax, torch.float32, lead)
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(lead, dtype=torch.float32),
         x.new_empty(lead, dtype=torch.int32),
     )
+
+
+def _check(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    check_x("quantize_rows", x)
+    check_device("quantize_rows", x, absmax=absmax)
+    if absmax is not None:
+        check_tensors("quantize_rows", absmax=absmax)
+        check_per_row("quantize_rows", "absmax", absmax, torch.float32, x.shape[:-1])
+    return _empty(x)
 
 
 @op("(Tensor x, Tensor? absmax=None) -> (Tensor, Tensor, Tensor)", check=_check, kernels=("quantize_x",), rows=2)
@@ -62,4 +66,40 @@ def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tens
     finite = torch.isfinite(given).unsqueeze(-1)
     scaled = torch.where(finite, xf, 0.0) * inv.unsqueeze(-1)
     q = torch.round(torch.clamp(scaled, -127.0, 127.0)).to(torch.int8)
+    return q, scale, q.sum(-1, dtype=torch.int32)
+
+
+def check_input_scale(function: str, input_scale: Tensor) -> None:
+    check_tensors(function, input_scale=input_scale)
+    if input_scale.dtype != torch.float32 or input_scale.dim() != 0:
+        raise ValueError(f"{function}: input_scale is {input_scale.dtype} {list(input_scale.shape)}, expected float32 []")
+
+
+def _check_static(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_x("quantize_static", x)
+    check_input_scale("quantize_static", input_scale)
+    check_device("quantize_static", x, input_scale=input_scale)
+    return _empty(x)
+
+
+@op("(Tensor x, Tensor input_scale) -> (Tensor, Tensor, Tensor)", check=_check_static, kernels=("quantize_x",))
+def quantize_static(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric int8 by one known scale: q = rint(clamp(x * (1/s), -127, 127)), ties to even, without looking for the absmax.
+
+    x            float32 / bfloat16 / float16 [..., K], any strides
+    input_scale  float32 []: s = |input_scale|, one step of q; |x| beyond 127 steps saturates. Below 2**-100 q = 0, scale = 0
+    returns      as quantize_rows; scale is s for every row, NaN (and q = 0) for a row with NaN or inf, or all where s is
+
+    Raises ValueError / TypeError on a wrong dtype or shape, or K > 132104.
+    """
+    _check_static(x, input_scale)
+    s = input_scale.abs()
+    usable = torch.isfinite(s) & (s >= TINY_ABSMAX)
+    inv = torch.where(usable, torch.div(torch.ones_like(s), s), 0.0)
+    xf = x.float()
+    finite = torch.isfinite(xf).all(-1)
+    scaled = torch.where(finite.unsqueeze(-1), xf, 0.0) * inv
+    q = torch.round(torch.clamp(scaled, -127.0, 127.0)).to(torch.int8)
+    known = torch.where(usable, s, torch.where(torch.isfinite(s), 0.0, torch.nan))
+    scale = torch.where(finite, known, torch.nan)
     return q, scale, q.sum(-1, dtype=torch.int32)

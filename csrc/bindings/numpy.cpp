@@ -8,6 +8,7 @@
 #include <iterator>
 #include <string>
 
+#include "../core/huge_pages.h"
 #include "../core/linear.h"
 #include "check.h"
 
@@ -217,6 +218,11 @@ py::tuple run_limit(const std::string& what, int64_t iterations, const py::array
   return py::make_tuple(work, taken.count());
 }
 
+bool use_huge_pages(const py::array& buffer) {
+  if (!(buffer.flags() & py::array::c_style)) fail("use_huge_pages", "buffer is not C-contiguous");
+  return tersor::use_huge_pages(buffer.data(), buffer.nbytes());
+}
+
 py::tuple epilogues() {
   py::list names;
 #define TERSOR_EPILOGUE_ROW(name) names.append(#name);
@@ -232,6 +238,7 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("cpu_info", &cpu_info);
   m.def("epilogues", &epilogues);
   m.def("run_limit", &run_limit);
+  m.def("use_huge_pages", &use_huge_pages);
   m.def("quantize_rows", &quantize_rows, py::arg("x"), py::arg("absmax") = py::none());
   m.def("quantize_static", &quantize_static);
   m.def("linear_dynamic", &linear_dynamic);

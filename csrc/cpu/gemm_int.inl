@@ -86,7 +86,8 @@ void micro_kernel(const BlockArgs& b) {
   const char* x = b.x;
   const int64_t ldx = b.ldx;
   const uint8_t* next = b.next;
-  const uint8_t* const next_end = b.next + b.next_lines * kTileBytes;
+  // Spread evenly over the k steps; past the last line of the matrix a prefetch does nothing.
+  const int64_t stride = kPrefetch ? ceil_div(b.next_lines, b.k_steps / kUnroll + 1) * kTileBytes : 0;
 
   auto step = [&](Vi(&sums)[kRows][kVecs], int64_t u) __attribute__((always_inline)) {
     Isa::W codes[kVecs];
@@ -108,11 +109,7 @@ void micro_kernel(const BlockArgs& b) {
   int64_t k = 0;
   for (; k + kUnroll <= b.k_steps; k += kUnroll) {
     if constexpr (kPrefetch) {
-      if (next < next_end) {
-        __builtin_prefetch(next, 0, 2);
-        __builtin_prefetch(next + kTileBytes, 0, 2);
-        next += 2 * kTileBytes;
-      }
+      for (const uint8_t* stop = next + stride; next < stop; next += kTileBytes) __builtin_prefetch(next, 0, 2);
     }
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) step(acc[u % kSets], u);

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .formats import Format, decode_tag
-from .nn import QuantLinear
+from .nn import QuantLinear, in_huge_pages
 from .swap import has_hooks
 
 logger = logging.getLogger("tersor")
@@ -279,7 +279,7 @@ class _Taken:
         storage = value.untyped_storage().data_ptr()
         misaligned = value.data_ptr() % value.element_size() != 0
         if copy or storage in self.storages or misaligned or value.is_inference() or not value.is_contiguous():
-            return value.clone(memory_format=torch.contiguous_format)
+            return in_huge_pages(value.clone(memory_format=torch.contiguous_format))
         if storage:
             self.storages.add(storage)
         return value

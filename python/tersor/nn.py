@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import native
 from .formats import Format, Int8Dynamic, Tag, decode_tag, encode_tag, row_blocks
 from .ops.tiles import TILE_N
 
@@ -74,7 +75,7 @@ class QuantLinear(nn.Module):
         # A swap under inference_mode must not leave inference tensors in the model.
         with torch.inference_mode(False), torch.no_grad():
             for spec in layer.specs():
-                stored[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+                stored[spec.name] = in_huge_pages(torch.empty(spec.shape, dtype=spec.dtype, device=device))
                 if spec.name in constants:
                     stored[spec.name].copy_(constants[spec.name])
             if has_values(weight):
@@ -203,6 +204,18 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format!r}{measured}"
         )
+
+
+_HUGE_BYTES = 4 << 20  # smaller tensors fit what a TLB maps
+
+
+def in_huge_pages(t: Tensor) -> Tensor:
+    """t, its memory moved to huge pages where it is large, on the CPU, and the system has them: for 4096 x 4096 about 1.15 times
+    the speed at M = 1, 1.03 times at M = 256 (bench/huge_pages.py)."""
+    module = native.numpy_module()
+    if module is not None and t.device.type == "cpu" and t.numel() * t.element_size() >= _HUGE_BYTES and has_values(t):
+        module.use_huge_pages(t.detach().numpy())
+    return t
 
 
 def has_values(t: Tensor) -> bool:

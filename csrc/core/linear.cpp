@@ -14,8 +14,10 @@ constexpr const char* kOutOfMemory = "out of memory for scratch";
 constexpr int64_t kBlockRows = 64;
 // Above this many rows threads take rows each; below, n tiles each (every thread then quantises the few rows for itself).
 constexpr int64_t kSplitRows = 32;
-// Multiply-adds below which a second thread costs more than it brings: about 10 us of int8 work.
-constexpr int64_t kMinThreadWork = int64_t{1} << 21;
+// Multiply-adds below which a second thread costs more than it brings: about 5 us of int8 work. Few rows wait for the weights: one
+// takes as long as three.
+constexpr int64_t kMinThreadWork = int64_t{1} << 20;
+constexpr int64_t kMinCostRows = 3;
 constexpr int64_t kMaxScratchBytes = int64_t{4} << 20;  // per thread
 // Rows of s8 are kept apart by a line beyond the next multiple of 64: a stride of exactly 4096 would make them collide in L1.
 int64_t s8_stride(int64_t K) { return round_up(K, 64) + 64; }
@@ -57,7 +59,7 @@ struct Split {
 
 Split split_work(int64_t M, int64_t N, int64_t K) {
   const int64_t tiles = ceil_div(N, kTileN);
-  const double work = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K);
+  const double work = static_cast<double>(M < kMinCostRows ? kMinCostRows : M) * static_cast<double>(N) * static_cast<double>(K);
   if (work < static_cast<double>(2 * kMinThreadWork)) return {1, 1};
   int64_t threads = thread_pool.threads();
   if (work < static_cast<double>(threads) * kMinThreadWork) threads = static_cast<int64_t>(work / kMinThreadWork);

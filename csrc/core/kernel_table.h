@@ -93,7 +93,9 @@ struct GemmRange {
 
 struct IntGemm {
   void (*run)(const GemmArgs&, const GemmRange&);
-  int64_t x_scratch_bytes;  // scratch per element of the rows in the range, K rounded up to 4
+  int64_t x_scratch_bytes;  // of scratch for each element of a row, K rounded up to 4; 0: none is needed
+  // Scratch of one row. Rows are a line further apart than they are long: at a multiple of 4096 they would collide in L1.
+  int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + 64 : 0; }
 };
 
 struct FloatGemm {

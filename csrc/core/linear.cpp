@@ -163,7 +163,7 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
   if (M == 0 || w.N == 0) return nullptr;
   const Split split = split_work(M, w.N, w.K);
   const int64_t ldq = s8_stride(w.K);
-  const int64_t row_bytes = ldq + round_up(w.K, kTileK8) * kt.gemm_w8.x_scratch_bytes + 8;
+  const int64_t row_bytes = ldq + kt.gemm_w8.row_scratch(w.K) + 8;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
   const int64_t slice = round_up(mc * row_bytes, 64) + 256 + gather_bytes(x, w.K);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
@@ -199,7 +199,7 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
   // A word of the last k step would reach past K, perhaps past the buffer: such rows are copied.
   const bool copy = w.K % kTileK8 != 0;
   const int64_t ldq = copy ? s8_stride(w.K) : x.ldq;
-  const int64_t row_bytes = (copy ? ldq : 0) + round_up(w.K, kTileK8) * kt.gemm_w8.x_scratch_bytes + 1;
+  const int64_t row_bytes = (copy ? ldq : 0) + kt.gemm_w8.row_scratch(w.K) + 1;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
   const int64_t slice = round_up(mc * row_bytes, 64) + 64;
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));

@@ -69,7 +69,7 @@ void micro_kernel(const BlockArgs& b) {
   constexpr int kVecs = kTiles * kTileVecs;
   constexpr int kUnroll = 4;
   // Small blocks read weights that the hardware prefetcher already streams; there a software prefetch only costs a slot.
-  constexpr bool kPrefetch = kRows > 4;
+  constexpr bool kPrefetch = kRows > Isa::kMaxRows / 2;
 
   Vi acc[kSets][kRows][kVecs];
 #pragma GCC unroll 2
@@ -162,8 +162,9 @@ template <typename I>
 const char* prepare_x(const int8_t* q, int64_t rows, int64_t k_steps, void* scratch, int64_t* ld) {
   if constexpr (I::kXBytesPerK > 1) {
     char* out = static_cast<char*>(scratch);
-    for (int64_t m = 0; m < rows; ++m) I::split_x(q + m * *ld, k_steps, out + m * k_steps * kXStepBytes);
-    *ld = k_steps * kXStepBytes;
+    const int64_t stride = k_steps * kXStepBytes + 64;
+    for (int64_t m = 0; m < rows; ++m) I::split_x(q + m * *ld, k_steps, out + m * stride);
+    *ld = stride;
     return out;
   } else {
     return reinterpret_cast<const char*>(q);

@@ -81,7 +81,7 @@ struct S8Operand {
 inline void run_gemm(const Kernels& k, const S8Operand& x, const Weights& w, Activation activation, const float* bias, void* y,
                      Dtype dtype, int64_t ldy, int64_t m0, int64_t m1, int64_t t0, int64_t t1) {
   const bool s32 = dtype == Dtype::s32;
-  const int64_t bytes = (m1 - m0) * round_up(w.K, kTileK8) * k.table.gemm_w8.x_scratch_bytes;
+  const int64_t bytes = (m1 - m0) * k.table.gemm_w8.row_scratch(w.K);
   Canvas scratch(1, bytes, bytes);
   const GemmArgs args{w.N,
                       w.K,

@@ -76,6 +76,19 @@ uint32_t cpu_features() {
 uint32_t cpu_features() { return 0; }
 #endif
 
+// AMD's L3 takes what L2 evicts: an output larger than L2 first costs reads of the lines it overwrites, then drives the weights out
+// of L2 and L3. Stores past the caches gained 4-8 % there; on Intel they lost as much.
+constexpr int64_t kStreamBytes = int64_t{6} << 20;
+int64_t stream_bytes() {
+#if defined(__x86_64__) || defined(_M_X64)
+  unsigned a = 0, vendor[3] = {};
+  if (!__get_cpuid(0, &a, &vendor[0], &vendor[2], &vendor[1])) return 0;
+  return std::memcmp(vendor, "AuthenticAMD", 12) == 0 || std::memcmp(vendor, "HygonGenuine", 12) == 0 ? kStreamBytes : 0;
+#else
+  return 0;
+#endif
+}
+
 const char* first_missing(uint32_t wanted, uint32_t have) {
   for (size_t i = 0; i < sizeof kFeatureNames / sizeof *kFeatureNames; ++i) {
     if ((wanted & ~have) >> i & 1u) return kFeatureNames[i];
@@ -165,6 +178,7 @@ const char* resolve_kernels(const char* isa, Kernels* out) {
 #undef TERSOR_KERNEL_RESOLVE
     out->table.isa = rows[i].name;
   }
+  out->table.stream_bytes = stream_bytes();
   return nullptr;
 }
 

@@ -67,7 +67,8 @@ struct GemmArgs {
   Activation activation;
   void* y;  // [M][ldy], y_dtype
   Dtype y_dtype;
-  int64_t ldy;  // elements
+  int64_t ldy;            // elements
+  bool stream_y = false;  // f32 stores go past the caches; y and its rows are aligned to 64 bytes
 };
 
 // y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class
@@ -129,6 +130,7 @@ struct Limits {
 
 struct KernelTable {
   const char* isa;
+  int64_t stream_bytes;  // f32 outputs of at least this size go past the caches; set by resolve_kernels, 0: never
 #define TERSOR_KERNEL_FIELD(type, name) type name;
   TERSOR_KERNEL_ENTRIES(TERSOR_KERNEL_FIELD)
 #undef TERSOR_KERNEL_FIELD

@@ -140,6 +140,11 @@ int64_t bias_bytes(const LinearWeights& w) { return w.bias && w.bias_dtype != Dt
 
 void* row_of(const Output& out, int64_t m, int64_t N) { return static_cast<char*>(out.y) + m * N * dtype_bytes(out.dtype); }
 
+bool streams(const KernelTable& kt, const Output& out, int64_t M, int64_t N) {
+  return out.dtype == Dtype::f32 && N % kTileN == 0 && reinterpret_cast<uintptr_t>(out.y) % 64 == 0 && kt.stream_bytes > 0 &&
+         M * N * 4 >= kt.stream_bytes;
+}
+
 }  // namespace
 
 const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const StridedRows& x, const float* absmax,
@@ -162,6 +167,7 @@ const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const Str
 const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
   const Split split = split_work(M, w.N, w.K);
+  const bool stream = streams(kt, out, M, w.N);
   const int64_t ldq = s8_stride(w.K);
   const int64_t row_bytes = ldq + kt.gemm_w8.row_scratch(w.K) + 8;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
@@ -184,8 +190,8 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
       // What the last k step reads past K meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
       for (int64_t j = 0; j < rows; ++j) std::memset(q + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
       const GemmArgs args{
-          w.N,       w.K, q, ldq, scale, row_sum, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
-          out.dtype, w.N};
+          w.N,       w.K, q,     ldq, scale, row_sum, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
+          out.dtype, w.N, stream};
       kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };
@@ -196,6 +202,7 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
 const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
   const Split split = split_work(M, w.N, w.K);
+  const bool stream = streams(kt, out, M, w.N);
   // A word of the last k step would reach past K, perhaps past the buffer: such rows are copied.
   const bool copy = w.K % kTileK8 != 0;
   const int64_t ldq = copy ? s8_stride(w.K) : x.ldq;
@@ -233,7 +240,8 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
                           w.activation,
                           row_of(out, m, w.N),
                           out.dtype,
-                          w.N};
+                          w.N,
+                          stream};
       kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };

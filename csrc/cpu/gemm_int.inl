@@ -47,18 +47,25 @@ void store_block(const BlockArgs& b, const Vi (&sum)[kRows][kTiles * kTileVecs])
   const bool relu = direct && g.activation == Activation::relu;
   float* y = direct ? static_cast<float*>(g.y) + offset : block;
   const int64_t ldy = direct ? g.ldy : kWidth;
+  auto finish = [&](auto put) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    const Vi repair = Isa::shl<7>(Isa::set1_i(g.row_sum[b.m + m]));  // 128 * sum(q), modulo 2^32
-    const Vf scale = Isa::set1(g.scale[b.m + m]);
+    for (int m = 0; m < kRows; ++m) {
+      const Vi repair = Isa::shl<7>(Isa::set1_i(g.row_sum[b.m + m]));  // 128 * sum(q), modulo 2^32
+      const Vf scale = Isa::set1(g.scale[b.m + m]);
 #pragma GCC unroll 16
-    for (int v = 0; v < kTiles * kTileVecs; ++v) {
-      Vf f = Isa::mul(Isa::to_f32(Isa::sub_i(sum[m][v], repair)), scale);
-      f = Isa::mul(f, Isa::load(channels.scale + v * Isa::kLanes));
-      if (channels.bias) f = Isa::add(f, Isa::load(channels.bias + v * Isa::kLanes));
-      if (relu) f = activation::relu::apply(f);
-      Isa::store(y + m * ldy + v * Isa::kLanes, f);
+      for (int v = 0; v < kTiles * kTileVecs; ++v) {
+        Vf f = Isa::mul(Isa::to_f32(Isa::sub_i(sum[m][v], repair)), scale);
+        f = Isa::mul(f, Isa::load(channels.scale + v * Isa::kLanes));
+        if (channels.bias) f = Isa::add(f, Isa::load(channels.bias + v * Isa::kLanes));
+        if (relu) f = activation::relu::apply(f);
+        put(y + m * ldy + v * Isa::kLanes, f);
+      }
     }
+  };
+  if (direct && g.stream_y) {
+    finish([](float* p, Vf v) { Isa::stream(p, v); });
+  } else {
+    finish([](float* p, Vf v) { Isa::store(p, v); });
   }
   if (!direct) finish_block(block, kRows, kWidth, columns, g.activation, g.y, g.y_dtype, g.ldy, offset);
 }
@@ -203,6 +210,7 @@ void gemm_w8(const GemmArgs& g, const GemmRange& r) {
       m += height;
     }
   }
+  if (g.stream_y) Isa::stream_fence();
 }
 
 }  // namespace

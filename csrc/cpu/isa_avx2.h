@@ -52,6 +52,8 @@ struct Isa {
   static Vf set1(float v) { return _mm256_set1_ps(v); }
   static Vf load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vf v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, Vf v) { _mm256_stream_ps(p, v); }
+  static void stream_fence() { _mm_sfence(); }
   static Vf add(Vf a, Vf b) { return _mm256_add_ps(a, b); }
   static Vf sub(Vf a, Vf b) { return _mm256_sub_ps(a, b); }
   static Vf mul(Vf a, Vf b) { return _mm256_mul_ps(a, b); }

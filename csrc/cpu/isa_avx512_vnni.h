@@ -42,6 +42,8 @@ struct Isa {
   static Vf set1(float v) { return _mm512_set1_ps(v); }
   static Vf load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vf v) { _mm512_storeu_ps(p, v); }
+  static void stream(float* p, Vf v) { _mm512_stream_ps(p, v); }
+  static void stream_fence() { _mm_sfence(); }
   static Vf add(Vf a, Vf b) { return _mm512_add_ps(a, b); }
   static Vf sub(Vf a, Vf b) { return _mm512_sub_ps(a, b); }
   static Vf mul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }

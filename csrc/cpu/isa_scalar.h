@@ -92,6 +92,9 @@ struct Isa {
     return r;
   }
   static void store(float* p, Vf v) { __builtin_memcpy(p, &v, sizeof v); }
+  // A store past the caches, to an address aligned to the vector; stream_fence() ends a run of them.
+  static void stream(float* p, Vf v) { store(p, v); }
+  static void stream_fence() {}
   static Vf add(Vf a, Vf b) {
     return each_f([&](int i) { return a.v[i] + b.v[i]; });
   }

@@ -16,6 +16,7 @@ namespace tersor::TERSOR_ISA {
 extern const KernelTable table;
 const KernelTable table = {
     TERSOR_ISA_NAME,
+    0,
     {quantize_x},
     {widen_x},
     {gemm_w8, Isa::kXBytesPerK > 1 ? Isa::kXBytesPerK : 0},

@@ -320,6 +320,51 @@ TERSOR_TEST(quantize_rows_layouts_and_threads) {
   }
 }
 
+// Stores past the caches write the same bits, and are taken only where every vector of y is aligned.
+TERSOR_TEST(linear_streams_the_same_bits) {
+  for (int64_t N : {16, 48, 80, 100, 192}) {
+    for (int64_t M : {1, 9, 70}) {
+      Random random(options.seed + static_cast<uint64_t>(N * M));
+      const Weights w(N, 37, random);
+      const FloatRows x = random_rows(M, 37, Dtype::f32, 37, 1, random);
+      const S8Operand s8(M, 37, 37, 37, random);
+      for (const Kernels& k : runnable()) {
+        KernelTable stored = k.table, streamed = k.table;
+        stored.stream_bytes = 0;
+        streamed.stream_bytes = 1;
+        for (Activation activation : {Activation::none, Activation::relu, Activation::gelu}) {
+          for (int64_t threads : kThreads) {
+            for (int64_t offset : {0, 4, 32}) {
+              set_case("%s M=%lld N=%lld %s, %lld threads, y at %lld", k.table.isa, ll(M), ll(N), activation_name(activation),
+                       ll(threads), ll(offset));
+              const Threads pool(threads);
+              const LinearWeights args = w.args(activation, true);
+              const size_t bytes = static_cast<size_t>(M * N * 4);
+              std::vector<char> a(bytes + 128, 1), b(bytes + 128, 1);
+              auto at = [&](std::vector<char>& v) {
+                const auto p = reinterpret_cast<uintptr_t>(v.data());
+                return v.data() + ((p + 63) / 64 * 64 - p) + offset;
+              };
+              for (bool dynamic : {true, false}) {
+                const Output ya{at(a), Dtype::f32}, yb{at(b), Dtype::f32};
+                if (dynamic) {
+                  CHECK(!linear_dynamic(stored, M, x.args(), args, ya) && !linear_dynamic(streamed, M, x.args(), args, yb),
+                        "error");
+                } else {
+                  CHECK(!linear_s8(stored, M, s8.args(), args, ya) && !linear_s8(streamed, M, s8.args(), args, yb), "error");
+                }
+                CHECK(std::memcmp(at(a), at(b), bytes) == 0, "other bits");
+                CHECK(at(b)[-1] == 1 || at(b) == b.data(), "writes before y");
+                CHECK(at(b)[bytes] == 1, "writes past y");
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TERSOR_TEST(linear_of_nothing) {
   Random random(options.seed);
   const Weights w(5, 9, random);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
 import tersor  # noqa: E402
-from tersor.bench.layers import Bench  # noqa: E402
+from tersor.bench.layers import KERNEL, Bench  # noqa: E402
 from tersor.bench.machine import this_machine  # noqa: E402
 from tersor.bench.peers import PEERS, quantize_dynamic_engines, torch_quantize_dynamic  # noqa: E402
+from tersor.choice import Choice  # noqa: E402
 
 VNNI = "avx512_vnni"
 
@@ -119,6 +121,79 @@ def worst_against_quantize_dynamic(few_rows: bool) -> float:
     return worst
 
 
+def geometric_mean_ratio() -> float:
+    return compare.geometric_mean([p.ratio for p in layer_points()])
+
+
+@functools.cache
+def worst_against_all() -> float:
+    """Smallest (best int8 peer / ours) over the grid; a point below 1 counts with the median of three measurements."""
+    worst = math.inf
+    for p in layer_points():
+        ratio = p.ratio
+        if ratio < 1.0:
+            ratio = sorted((ratio, again(p).ratio, again(p).ratio))[1]
+        worst = min(worst, ratio)
+    return worst
+
+
+def kernel_of_limit(worst: bool) -> float:
+    """Share of the measured int8 limit at M >= 256, K and N >= 768: geometric mean over the grid, or its worst shape."""
+    shares = [p.rows[KERNEL].of_limit for p in layer_points() if p.m >= 256 and min(p.k, p.n) >= 768]
+    return min(shares) if worst else compare.geometric_mean(shares)
+
+
+@functools.cache
+def bfloat16_points() -> list[tuple[float, float]]:
+    """(bfloat16 / float32 time of our layer, torch's own bfloat16 layer / ours) at shapes that are not all call."""
+    shapes, rows = ((768, 3072), (1024, 4096), (4096, 4096)), (1, 16, 256)
+    times: dict[torch.dtype, list[compare.Point]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        times[dtype] = compare.measure(Bench(shapes, rows, dtype=dtype, against=("fp32",), rounds=11), this_machine())
+    return [
+        (b.ours.timing.best / a.ours.timing.best, b.rows["fp32"].timing.best / b.ours.timing.best)
+        for a, b in zip(times[torch.float32], times[torch.bfloat16], strict=True)
+    ]
+
+
+@functools.cache
+def wrong_choices() -> float:
+    """How much slower the layer that only_if_faster chose is than the other, at worst, over 50 random shapes."""
+    rng = random.Random(0)
+    choice, worst = Choice(), 1.0
+    for _ in range(50):
+        k, n, m = (round(2 ** rng.uniform(0, top)) for top in (11, 11, 8))
+        linear = nn.Linear(k, n)
+        picked_packed = choice.speedup(linear, tersor.Int8Dynamic(), {m: 1}) is not None
+        packed, x = tersor.QuantLinear.from_linear(linear), torch.randn(m, k)
+        with torch.inference_mode():
+            times = interleaved({"float": lambda: linear(x), "packed": lambda: packed(x)}, rounds=9, seconds=0.01)  # noqa: B023
+        picked, other = (times["packed"], times["float"]) if picked_packed else (times["float"], times["packed"])
+        worst = max(worst, picked.best / other.best)
+    return worst
+
+
+@functools.cache
+def odd_sizes() -> float:
+    """Time of a layer of odd sizes over that of the sizes rounded up (N to 16, K to 64, M to 8), at worst."""
+    worst = 0.0
+    for m, k, n in (
+        (1, 383, 1535),
+        (3, 1000, 1000),
+        (7, 769, 3071),
+        (13, 500, 77),
+        (63, 1023, 4095),
+        (65, 400, 900),
+        (255, 767, 767),
+    ):
+        up = [-(-value // unit) * unit for value, unit in ((m, 8), (k, 64), (n, 16))]
+        layers = [(torch.randn(a, b), tersor.QuantLinear.from_linear(nn.Linear(b, c))) for a, b, c in ((m, k, n), up)]
+        with torch.inference_mode():
+            times = interleaved({str(i): functools.partial(layer, x) for i, (x, layer) in enumerate(layers)}, rounds=11)
+        worst = max(worst, times["0"].best / times["1"].best)
+    return worst
+
+
 def small_call_us(mode: Callable[[], object]) -> float:
     """Microseconds of one module call of a 16x16 layer at M = 1."""
     layer = tersor.QuantLinear.from_linear(nn.Linear(16, 16))
@@ -153,6 +228,16 @@ TARGETS = [
     Target("MiniLM 1 x 16 tokens: times fp32", lambda: minilm_speed(1, 16)["ours"], 2.0, needs=VNNI),
     Target("layer, M <= 64: times quantize_dynamic, worst of 28", lambda: worst_against_quantize_dynamic(True), 1.0, needs=VNNI),
     Target("layer, M > 64: times quantize_dynamic, worst of 14", lambda: worst_against_quantize_dynamic(False), 0.9, needs=VNNI),
+    Target("layer: times the best int8 peer, worst of 42", worst_against_all, 0.97, needs=VNNI),
+    Target("layer: times the best int8 peer, geometric mean of 42", geometric_mean_ratio, 1.05, needs=VNNI),
+    Target("kernel at M >= 256, K and N >= 768: share of the int8 limit, mean", lambda: kernel_of_limit(False), 0.88, needs=VNNI),
+    Target("kernel at M >= 256, K and N >= 768: share of the int8 limit, worst", lambda: kernel_of_limit(True), 0.80, needs=VNNI),
+    Target("bfloat16 in and out: times the float32 time, worst", lambda: max(p[0] for p in bfloat16_points()), 1.15, at_most=True),
+    Target(
+        "bfloat16 in and out: times torch's bfloat16 layer, worst", lambda: min(p[1] for p in bfloat16_points()), 3.0, needs=VNNI
+    ),
+    Target("only_if_faster: chosen / other, worst of 50 random shapes", wrong_choices, 1.05, at_most=True),
+    Target("odd sizes: time over that of sizes rounded up, worst", odd_sizes, 1.3, at_most=True),
     Target("16x16 at M = 1, no_grad: us a call", lambda: small_call_us(torch.no_grad), 6.0, at_most=True, needs=VNNI),
     Target("16x16 at M = 1, inference_mode: us a call", lambda: small_call_us(torch.inference_mode), 6.0, at_most=True, needs=VNNI),
     Target("Int8WeightOnly 4096x4096, M = 1: times fp32", lambda: weight_only(1), 2.5, needs=VNNI),

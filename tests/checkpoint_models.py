@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.formats import FORMATS
 
 DATA = pathlib.Path(__file__).parent / "data"
-FORMAT_CLASSES = list(FORMATS.values())
 K, H, N = 20, 33, 17  # no multiples of the tile
 
 

@@ -23,6 +23,7 @@ from tersor.bench.machine import Limits, Machine
 from tersor.bench.peers import PEERS, Missing, expand, make_peer, peer
 from tersor.bench.timing import Noise, interleaved
 from tersor.cli import main
+from tersor.formats import FORMATS
 
 pytestmark = pytest.mark.native
 
@@ -89,6 +90,13 @@ def test_percent_of_limit_follows_the_shape():
     assert many.limited_by == "int8"
     assert many.of_limit == pytest.approx(64 * 256 * 512 / 200e9 / many.timing.best)
     assert rows[(64, "fp32")].limited_by == "f32"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_can_be_measured(cache: Path, name: str):
+    assert "tersor kernel" in run(
+        "linear", "--format", name, "--m", "2", "--k", "16", "--n", "16", "--against", "none", "--rounds", "3"
+    )
 
 
 def test_weight_only_counts_float_arithmetic():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from cases import FORMATS
 from checkpoint_models import (
-    FORMAT_CLASSES,
     H,
     K,
     assert_same_model,
@@ -31,15 +31,15 @@ from tersor.nn import QuantLinear
 
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("target", ["float", "meta", "swapped", "swapped meta"])
-@pytest.mark.parametrize("fmt", FORMAT_CLASSES, ids=lambda cls: cls.tag)
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
 def test_round_trip(tmp_path, fmt, target, mmap):
-    model = swapped(fmt())
+    model = swapped(fmt)
     path = tmp_path / "m.safetensors"
     save(model, path)
     other = float_model(1, device="meta" if "meta" in target else "cpu")
     if "swapped" in target:
         for i in (0, 3):
-            other[i] = QuantLinear.from_linear(other[i], fmt())
+            other[i] = QuantLinear.from_linear(other[i], fmt)
     before = {key: t.data_ptr() for key, t in other.state_dict().items() if not key.endswith("_extra_state")}
     parameters = dict(other.named_parameters())
     assert load_(other, str(path), mmap=mmap) is other

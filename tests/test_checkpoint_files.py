@@ -12,9 +12,9 @@ import struct
 import fuzz_files
 import pytest
 import torch
+from cases import FORMATS
 from checkpoint_models import (
     DATA,
-    FORMAT_CLASSES,
     H,
     assert_same_model,
     assert_untouched,
@@ -202,16 +202,16 @@ def test_mmap_is_lazy_and_private(tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 16, 32])
-@pytest.mark.parametrize("fmt", FORMAT_CLASSES, ids=lambda cls: cls.tag)
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
 def test_misaligned(tmp_path, fmt, at):
-    model, path = swapped(fmt()), tmp_path / "m.safetensors"
+    model, path = swapped(fmt), tmp_path / "m.safetensors"
     save(model, path)
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header = data[8 : 8 + size].rstrip()
     header += b" " * ((at - 8 - len(header)) % 64)  # the data begin at `at` modulo 64
     path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
-    for target in (float_model(1), float_model(1, device="meta"), swapped(fmt(), seed=1)):
+    for target in (float_model(1), float_model(1, device="meta"), swapped(fmt, seed=1)):
         assert_same_model(load_(target, path), model)
     # The same without safetensors: views of a mapping, which a meta model takes over as they are.
     with open(path, "rb") as file:

@@ -195,6 +195,19 @@ def test_repr_and_arguments(layer, fmt):
         tersor.QuantLinear(132105, 4, device="meta")
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), [("weight_packed", torch.int8), ("weight_scale", torch.float16)])
+def test_state_of_another_dtype_is_not_cast(layer, name, dtype, assign):
+    model = nn.Sequential(layer)
+    state = model.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    state[f"0.{name}"] = state[f"0.{name}"].to(dtype)
+    with pytest.raises(RuntimeError, match=f"0.{name} is {dtype}, expected .*; a cast would change the layer"):
+        model.load_state_dict(state, assign=assign)
+    for key, value in model.state_dict().items():
+        assert_equal(value, before[key])
+
+
 # ---- Int8Static: a scale that is known -------------------------------------------------------------------------------------------
 
 

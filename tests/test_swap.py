@@ -243,3 +243,11 @@ def test_same_results_after_a_swap_in_inference_mode():
     x = torch.randn(2, 8)
     assert_equal(b(x), a(x))
     b(x.requires_grad_()).sum().backward()
+
+
+def test_layer_that_the_format_cannot_hold_is_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(132105, 4))
+    with pytest.raises(ValueError, match=r"quantize_: 1: Int8Dynamic\(\): in_features=132105 is above 132104.*nothing was changed"):
+        tersor.quantize_(model, Int8Dynamic())
+    assert type(model[0]) is nn.Linear

@@ -184,6 +184,16 @@ class QuantLinear(nn.Module):
         self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # torch copies any dtype into any other: tiles of another kind, or scales that a whole-model cast has rounded, would load.
+        error_msgs = args[-1]
+        for spec in self.specs():
+            given = state_dict.get(prefix + spec.name)
+            if isinstance(given, Tensor) and given.dtype != spec.dtype:
+                error_msgs.append(f"{prefix}{spec.name} is {given.dtype}, expected {spec.dtype}; a cast would change the layer")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def get_extra_state(self) -> Tensor:
         return encode_tag(Tag(self.format, self.out_features, self.in_features, self.speedup))
 

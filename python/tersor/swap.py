@@ -346,8 +346,11 @@ def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
 def _validate(place: _Place) -> None:
     """A function of its own: a caller's variable would keep the last float weight alive during the swap."""
     linear = getattr(place.parent, place.name)
-    place.format.check_sizes(linear.out_features, linear.in_features)
-    place.format.constants()
+    try:
+        place.format.check_sizes(linear.out_features, linear.in_features)
+        place.format.constants()
+    except ValueError as error:
+        raise ValueError(f"quantize_: {place.fqn}: {error}; nothing was changed") from None
     if not _is_finite(linear.weight.detach()):
         raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
 

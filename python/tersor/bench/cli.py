@@ -144,7 +144,7 @@ def linear(
 
     from .. import __version__
     from ..formats import FORMATS
-    from .layers import DTYPES, SHAPES, Bench, shapes_of_model
+    from .layers import DTYPES, SHAPES, Bench, example_format, shapes_of_model
     from .output import layers_table, plot_roofline, write_csv, write_json
     from .peers import expand
 
@@ -162,7 +162,7 @@ def linear(
     _or_exit(lambda: expand(names))
 
     limits = _measured_machine(fresh_limits)
-    run = Bench(layers, rows, FORMATS[format_name](), DTYPES[dtype], threads, tuple(names), rounds)
+    run = Bench(layers, rows, example_format(format_name), DTYPES[dtype], threads, tuple(names), rounds)
     measured = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("layers", total=len(run.cases()))

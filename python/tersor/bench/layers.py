@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats import Format, Int8Dynamic
+from ..formats import FORMATS, Format, Int8Dynamic
 from ..nn import QuantLinear
 from .machine import Limits, Machine
 from .peers import PEERS, Missing, expand, make_peer
@@ -26,6 +27,9 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "smollm": ((576, 576), (576, 192), (576, 1536), (1536, 576)),  # SmolLM2-135M
     "llama": ((4096, 4096), (4096, 11008), (11008, 4096)),  # Llama-2-7B
 }
+
+# What a format needs beside the weight, for x ~ N(0, 1) as the bench makes it.
+_GIVEN = {"input_scale": 4 / 127}
 
 OURS, KERNEL = "tersor", "tersor kernel"
 
@@ -145,6 +149,12 @@ class Bench:
 
     def _arithmetic(self) -> str:
         return "f32" if self.format.op is ops.linear_weight_only else "int8"
+
+
+def example_format(name: str) -> Format:
+    """The format of that name, with what it needs for inputs of the bench."""
+    cls = FORMATS[name]
+    return cls(**{field.name: _GIVEN[field.name] for field in dataclasses.fields(cls) if field.name in _GIVEN})
 
 
 def level_is_private(machine: Machine, weights: int, threads: int) -> bool:

@@ -340,10 +340,10 @@ TERSOR_TEST(linear_streams_the_same_bits) {
               const Threads pool(threads);
               const LinearWeights args = w.args(activation, true);
               const size_t bytes = static_cast<size_t>(M * N * 4);
-              std::vector<char> a(bytes + 128, 1), b(bytes + 128, 1);
+              std::vector<char> a(bytes + 256, 1), b(bytes + 256, 1);
               auto at = [&](std::vector<char>& v) {
                 const auto p = reinterpret_cast<uintptr_t>(v.data());
-                return v.data() + ((p + 63) / 64 * 64 - p) + offset;
+                return v.data() + ((p + 63) / 64 * 64 - p) + 64 + offset;
               };
               for (bool dynamic : {true, false}) {
                 const Output ya{at(a), Dtype::f32}, yb{at(b), Dtype::f32};
@@ -354,7 +354,7 @@ TERSOR_TEST(linear_streams_the_same_bits) {
                   CHECK(!linear_s8(stored, M, s8.args(), args, ya) && !linear_s8(streamed, M, s8.args(), args, yb), "error");
                 }
                 CHECK(std::memcmp(at(a), at(b), bytes) == 0, "other bits");
-                CHECK(at(b)[-1] == 1 || at(b) == b.data(), "writes before y");
+                CHECK(at(b)[-1] == 1, "writes before y");
                 CHECK(at(b)[bytes] == 1, "writes past y");
               }
             }

@@ -201,6 +201,11 @@ def test_wrong_options(cache: Path, args: tuple[str, ...], message: str):
     assert not cache.exists()  # refused before anything was measured
 
 
+def test_shape_that_nothing_can_hold(cache: Path):
+    assert "allocate" in refused("linear", "--m", "1", "--k", "99999999999", "--n", "4")
+    assert "in_features=140000 is above 132104" in refused("linear", "--m", "1", "--k", "140000", "--n", "4")
+
+
 def build_model() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8), nn.Linear(8, 24))
 

@@ -460,3 +460,9 @@ def test_fuzz_raw_ops():
     """make test-full runs more of it, under AddressSanitizer and on each instruction set."""
     outcomes = fuzz_raw_ops.run(0, 0, 2000)
     assert outcomes["refused"] > 300 and outcomes["returned"] > 300 and outcomes["checked"] > 100
+
+
+@pytest.mark.parametrize("x", ["hello", None, 3.0, [1.0] * K])
+def test_x_that_is_no_tensor(layer, x):
+    with pytest.raises(TypeError, match=f"QuantLinear: x is {type(x).__name__}, expected a Tensor"):
+        layer(x)

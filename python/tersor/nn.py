@@ -143,7 +143,10 @@ class QuantLinear(nn.Module):
         if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return self._record(x)
         # The tiles alone cannot tell K from the next multiple of 4.
-        shape = x.shape
+        try:
+            shape = x.shape
+        except AttributeError:
+            raise TypeError(f"QuantLinear: x is {type(x).__name__}, expected a Tensor") from None
         if not shape or shape[-1] != self.in_features:
             check_in_features(x, self.in_features)
         # nn.Module.__getattr__ costs a quarter of a microsecond a tensor: a small layer at M = 1 would feel three of them.

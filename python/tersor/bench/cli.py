@@ -144,7 +144,7 @@ def linear(
 
     from .. import __version__
     from ..formats import FORMATS
-    from .layers import DTYPES, SHAPES, Bench, example_format, shapes_of_model
+    from .layers import DTYPES, SHAPES, Bench, Row, example_format, shapes_of_model
     from .output import layers_table, plot_roofline, write_csv, write_json
     from .peers import expand
 
@@ -163,11 +163,11 @@ def linear(
 
     limits = _measured_machine(fresh_limits)
     run = Bench(layers, rows, example_format(format_name), DTYPES[dtype], threads, tuple(names), rounds)
-    measured = []
+    measured: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("layers", total=len(run.cases()))
-        for row in _or_exit(lambda: run.run(limits, on_case=lambda: progress.advance(task))):
-            measured.append(row)
+        # a shape may be too large for a format or for memory
+        _or_exit(lambda: measured.extend(run.run(limits, on_case=lambda: progress.advance(task))))
     facts = {
         "cpu": machine_name(),
         "isa": limits.isa,

@@ -138,6 +138,7 @@ def test_free_threaded_python_is_declared():
     assert re.search(r"PYBIND11_MODULE\(_numpy, m, py::mod_gil_not_used\(\)\)", source.read_text())
 
 
+@pytest.mark.native
 def test_numpy_functions_run_on_many_threads():
     """What that declaration promises: no state shared between calls. Without a GIL these calls would overlap."""
     import numpy as np

@@ -95,7 +95,8 @@ def plot_roofline(path: Path, rows: Sequence[Row], limits: Limits, title: str) -
         axes.annotate(f"{name} {ceiling:.0f} GMAC/s", (high, ceiling * 1.04), color="0.3", fontsize=8, ha="right")
     for name, series in points.items():
         xs, ys = zip(*series, strict=True)
-        axes.scatter(xs, ys, label=name, s=28, zorder=2, marker="D" if name == OURS else "o", alpha=0.85)
+        ours = {"marker": "D", "color": "black", "zorder": 3} if name == OURS else {"zorder": 2}
+        axes.scatter(xs, ys, label=name, s=28, alpha=0.85, **ours)  # type: ignore[arg-type]
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)

@@ -96,7 +96,7 @@ def plot_roofline(path: Path, rows: Sequence[Row], limits: Limits, title: str) -
     for name, series in points.items():
         xs, ys = zip(*series, strict=True)
         ours = {"marker": "D", "color": "black", "zorder": 3} if name == OURS else {"zorder": 2}
-        axes.scatter(xs, ys, label=name, s=28, alpha=0.85, **ours)  # type: ignore[arg-type]
+        axes.scatter(xs, ys, label=name, s=28, alpha=0.85, **ours)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)

@@ -144,3 +144,20 @@ def test_the_measurement_times_both_layers():
     float_time, packed_time = choice._measure(nn.Linear(64, 64), tersor.QuantLinear.from_linear(nn.Linear(64, 64)), 3)
     assert 0 < float_time < 1
     assert 0 < packed_time < 1
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(input=x)
+
+
+def test_layers_called_by_keyword(seconds):
+    seconds[(16, 3)] = (2.0, 1.0)
+    net, x = Keywords(), torch.randn(3, 16)
+    tersor.quantize_(net, tersor.Int8Dynamic(), only_if_faster=x)
+    assert swapped(net) == ["fc"]
+    assert torch.equal(net(x), net.fc(x))  # nn.Linear's argument is called input, and so is ours

@@ -26,7 +26,7 @@ class Choice:
     def speedup(self, linear: nn.Linear, fmt: Format, rows: Rows) -> dict[int, float] | None:
         """{M: time of the float layer / time of the packed one} where the packed layer wins over `rows` in all, else None.
 
-        Both are called as the model will call them, with the threads torch now has. float64 layers are never packed.
+        Both are called as the model will call them, with the threads torch now has.
         """
         times = self.times(linear, fmt, tuple(sorted(rows)))
         float_time = sum(times[m][0] * count for m, count in rows.items())
@@ -74,12 +74,12 @@ def row_counts(model: nn.Module, layers: Sequence[nn.Linear], only_if_faster: An
 def _counts_of_a_run(model: nn.Module, layers: Sequence[nn.Linear], inputs: tuple[Any, ...] | dict[str, Any]) -> dict[int, Rows]:
     counts: dict[int, dict[int, int]] = {id(layer): {} for layer in layers}
 
-    def count(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        m = math.prod(args[0].shape[:-1])
+    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        m = math.prod((args[0] if args else kwargs["input"]).shape[:-1])
         if m:
             counts[id(layer)][m] = counts[id(layer)].get(m, 0) + 1
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in {id(layer): layer for layer in layers}.values()]
+    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in {id(layer): layer for layer in layers}.values()]
     try:
         with torch.no_grad():
             model(**inputs) if isinstance(inputs, dict) else model(*inputs)

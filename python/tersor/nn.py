@@ -139,7 +139,8 @@ class QuantLinear(nn.Module):
             raise AttributeError(_NO_WEIGHT)
         super().register_parameter(name, param)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # nn.Linear's name for it: some models call layers with keywords
         if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return self._record(x)
         # The tiles alone cannot tell K from the next multiple of 4.

@@ -144,8 +144,8 @@ class _ParallelQuantLinear(QuantLinear):
     _x_grad_placements: ClassVar[tuple[Placement] | None]  # None: those of x
     _y_placement: ClassVar[Placement]
 
-    def forward(self, x: Tensor) -> Tensor:
-        style, mesh = self._style, self._mesh
+    def forward(self, input: Tensor) -> Tensor:
+        x, style, mesh = input, self._style, self._mesh
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, (style.input_layouts,), run_check=False)
         if x.shape[-1:] != (self.in_features,):

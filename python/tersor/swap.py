@@ -345,7 +345,7 @@ def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
 
 def _validate(place: _Place) -> None:
     """A function of its own: a caller's variable would keep the last float weight alive during the swap."""
-    linear = getattr(place.parent, place.name)
+    linear = place.layer()
     try:
         place.format.check_sizes(linear.out_features, linear.in_features)
         place.format.constants()
@@ -374,14 +374,14 @@ def _faster(model: nn.Module, places: list[_Place], only_if_faster: Any, progres
 def _swap_all(places: list[_Place], device: torch.device | str | None, progress: bool) -> None:
     groups: dict[int, list[_Place]] = {}  # the places of one weight, by its id: all weights are alive here
     for place in places:
-        groups.setdefault(id(getattr(place.parent, place.name).weight), []).append(place)
+        groups.setdefault(id(place.layer().weight), []).append(place)
     # The largest weight last: memory has fallen furthest when its packed copy is made.
     for group in _tracked(sorted(groups.values(), key=_weight_size), progress, "quantizing layers"):
         _swap_group(group, device)
 
 
 def _weight_size(group: list[_Place]) -> int:
-    return int(getattr(group[0].parent, group[0].name).weight.numel())
+    return group[0].layer().weight.numel()
 
 
 def _swap_group(places: list[_Place], device: torch.device | str | None) -> None:
@@ -390,7 +390,7 @@ def _swap_group(places: list[_Place], device: torch.device | str | None) -> None
     by_format: dict[Format, QuantLinear] = {}
     kept: list[nn.Module] = []  # so that the ids stay unique
     for place in places:
-        linear = getattr(place.parent, place.name)
+        linear = place.layer()
         if id(linear) not in made:
             shared = by_format.get(place.format)
             layer = QuantLinear.from_linear(linear, place.format) if shared is None else _with_weight_of(shared, linear)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -191,14 +191,7 @@ def shapes_of_model(name: str) -> tuple[tuple[int, int], ...]:
     model = factory()
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} made {type(model).__name__}, expected an nn.Module")
-    return linear_shapes(model.modules())
-
-
-def linear_shapes(modules: Iterable[nn.Module]) -> tuple[tuple[int, int], ...]:
-    found: dict[tuple[int, int], None] = {}
-    for module in modules:
-        if isinstance(module, nn.Linear | QuantLinear):
-            found[(module.in_features, module.out_features)] = None
+    found = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear | QuantLinear)]
     if not found:
-        raise ValueError("the model has no linear layers")
-    return tuple(found)
+        raise ValueError(f"model {name!r} has no linear layers")
+    return tuple(dict.fromkeys(found))

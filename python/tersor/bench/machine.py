@@ -133,14 +133,6 @@ def footprints(caches: dict[str, int], threads: int) -> dict[str, int]:
     }
 
 
-def read_bandwidth(footprint: int) -> float:
-    """GB/s of the read loop over `footprint` bytes, hot, one thread; for comparing one kernel with one buffer of its own size."""
-    module = native.numpy_module()
-    if module is None:
-        raise RuntimeError("tersor bench: the read loop needs the native library, which is missing here")
-    return _best_rate(module.run_limit, "read", 1, [np.ones(footprint, np.uint8)])
-
-
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

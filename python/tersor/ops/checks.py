@@ -74,6 +74,22 @@ def check_weights(function: str, k: int, weight_packed: Tensor, weight_scale: Te
     return n
 
 
+def check_linear(
+    function: str,
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    **others: Tensor | None,
+) -> Tensor:
+    """The shape rule of a layer on float x [..., K]: empty [..., N] in the dtype of x. `others` must be on the device of x too."""
+    k = check_x(function, x)
+    check_device(function, x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias, **others)
+    n = check_weights(function, k, weight_packed, weight_scale, bias, epilogue)
+    return x.new_empty((*x.shape[:-1], n))
+
+
 def check_per_row(function: str, name: str, t: Tensor, dtype: torch.dtype, lead: torch.Size) -> None:
     if t.dtype != dtype or t.shape != lead:
         raise ValueError(f"{function}: {name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(lead)}, one for each row")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import FLOATS, as_rows, check_device, check_last_dim, check_per_row, check_tensors, check_weights, check_x
+from .checks import FLOATS, as_rows, check_device, check_last_dim, check_linear, check_per_row, check_tensors, check_weights
 from .epilogues import EPILOGUES
 from .quantize_rows import check_input_scale, quantize_rows, quantize_static
 from .tiles import check_tiles, to_rows
@@ -116,10 +116,7 @@ def finish(acc: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None
 
 
 def _check_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
-    k = check_x("linear_dynamic", x)
-    check_device("linear_dynamic", x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
-    n = check_weights("linear_dynamic", k, weight_packed, weight_scale, bias, epilogue)
-    return x.new_empty((*x.shape[:-1], n))
+    return check_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue)
 
 
 @op(
@@ -148,12 +145,8 @@ def linear_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias:
 def _check_static(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor, epilogue: str = "none"
 ) -> Tensor:
-    k = check_x("linear_static", x)
     check_input_scale("linear_static", input_scale)
-    others = {"weight_packed": weight_packed, "weight_scale": weight_scale, "bias": bias, "input_scale": input_scale}
-    check_device("linear_static", x, **others)
-    n = check_weights("linear_static", k, weight_packed, weight_scale, bias, epilogue)
-    return x.new_empty((*x.shape[:-1], n))
+    return check_linear("linear_static", x, weight_packed, weight_scale, bias, epilogue, input_scale=input_scale)
 
 
 @op(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._register import op
-from .checks import as_rows, check_device, check_weights, check_x
+from .checks import as_rows, check_linear
 from .epilogues import EPILOGUES
 from .tiles import TILE_N, to_rows
 
@@ -14,10 +14,7 @@ _BLOCK_TILES = 16  # 256 output channels are expanded to float at a time, never 
 
 
 def _check(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
-    k = check_x("linear_weight_only", x)
-    check_device("linear_weight_only", x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
-    n = check_weights("linear_weight_only", k, weight_packed, weight_scale, bias, epilogue)
-    return x.new_empty((*x.shape[:-1], n))
+    return check_linear("linear_weight_only", x, weight_packed, weight_scale, bias, epilogue)
 
 
 @op(

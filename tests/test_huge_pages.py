@@ -34,7 +34,7 @@ def available() -> bool:
     """Whether the system gives huge pages to who asks, found out without our own code."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
-    with mmap.mmap(-1, 32 << 20) as region:
+    with mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as region:
         try:
             region.madvise(mmap.MADV_HUGEPAGE)
         except OSError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import random
 import sys
@@ -145,15 +146,20 @@ def kernel_of_limit(worst: bool) -> float:
 
 @functools.cache
 def bfloat16_points() -> list[tuple[float, float]]:
-    """(bfloat16 / float32 time of our layer, torch's own bfloat16 layer / ours) at shapes that are not all call."""
-    shapes, rows = ((768, 3072), (1024, 4096), (4096, 4096)), (1, 16, 256)
-    times: dict[torch.dtype, list[compare.Point]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        times[dtype] = compare.measure(Bench(shapes, rows, dtype=dtype, against=("fp32",), rounds=11), this_machine())
-    return [
-        (b.ours.timing.best / a.ours.timing.best, b.rows["fp32"].timing.best / b.ours.timing.best)
-        for a, b in zip(times[torch.float32], times[torch.bfloat16], strict=True)
-    ]
+    """(bfloat16 / float32 time of our layer, torch's own bfloat16 layer / ours), interleaved, at shapes that are not all call."""
+    found = []
+    for (k, n), m in itertools.product(((768, 3072), (1024, 4096), (4096, 4096)), (1, 16, 256)):
+        linear, x = nn.Linear(k, n), torch.randn(m, k)
+        ours, theirs, half = tersor.QuantLinear.from_linear(linear), copy.deepcopy(linear).bfloat16(), x.bfloat16()
+        contenders = {
+            "f32": functools.partial(ours, x),
+            "bf16": functools.partial(ours, half),
+            "peer": functools.partial(theirs, half),
+        }
+        with torch.inference_mode():
+            t = interleaved(contenders, rounds=11)
+        found.append((t["bf16"].best / t["f32"].best, t["peer"].best / t["bf16"].best))
+    return found
 
 
 @functools.cache

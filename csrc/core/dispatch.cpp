@@ -77,7 +77,7 @@ uint32_t cpu_features() { return 0; }
 #endif
 
 // AMD's L3 takes what L2 evicts: an output larger than L2 first costs reads of the lines it overwrites, then drives the weights out
-// of L2 and L3. Stores past the caches gained 4-8 % there; on Intel they lost as much.
+// of L2 and L3. Stores past the caches gained there; on Intel a prototype lost by them.
 constexpr int64_t kStreamBytes = int64_t{6} << 20;
 int64_t stream_bytes() {
 #if defined(__x86_64__) || defined(_M_X64)

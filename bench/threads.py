@@ -1,0 +1,46 @@
+"""What a second thread brings: our int8 layer on one thread and on more, interleaved.
+
+python bench/threads.py [--threads 2]
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import tersor
+from tersor.bench.timing import interleaved, machine_name, torch_threads
+
+SHAPES = ((384, 1536), (1536, 384), (768, 3072), (1024, 4096), (4096, 4096))  # K, N
+ROWS = (1, 4, 16, 64, 256)
+
+
+def call(layer: nn.Module, x: Tensor, threads: int) -> Tensor:
+    torch.set_num_threads(threads)  # costs both sides the same, below a microsecond
+    return layer(x)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--threads", type=click.IntRange(2), default=2)
+def main(threads: int) -> None:
+    """Ratio of times, one thread over several, for each shape and number of rows."""
+    table = Table("K x N", *(f"M={m}" for m in ROWS), title=f"{machine_name()}: times faster with {threads} threads")
+    with torch_threads(threads), torch.inference_mode():
+        for k, n in SHAPES:
+            layer = tersor.QuantLinear.from_linear(nn.Linear(k, n))
+            cells = []
+            for m in ROWS:
+                x = torch.randn(m, k)
+                times = interleaved({str(t): partial(call, layer, x, t) for t in (1, threads)}, rounds=11)
+                cells.append(f"{times['1'].best / times[str(threads)].best:.2f}")
+            table.add_row(f"{k} x {n}", *cells)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,7 @@ class Row:
     gmacs: float
     gbytes: float
     of_limit: float
-    limited_by: str  # "int8", "f32", or the level of memory the weights come from
+    limited_by: str  # "int8", "f32", "popcount", or the level of memory the weights come from
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -148,7 +148,7 @@ class Bench:
             )
 
     def _arithmetic(self) -> str:
-        return "f32" if self.format.op is ops.linear_weight_only else "int8"
+        return {ops.linear_weight_only.name: "f32", ops.linear_xnor.name: "popcount"}.get(self.format.op.name, "int8")
 
 
 def example_format(name: str) -> Format:
@@ -168,15 +168,20 @@ def stored_bytes(layer: QuantLinear) -> int:
 
 
 def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object]:
-    """The matrix product alone: rows already quantised where the format quantises them, no module around the op."""
+    """The matrix product alone: rows already quantised where an op takes them so, no module around the op."""
     parameters, buffers = layer._parameters, layer._buffers
     weight_packed, weight_scale = parameters["weight_packed"], buffers["weight_scale"]
     if layer.format.op is ops.linear_weight_only:
         raw = ops.linear_weight_only.raw
         return lambda: raw(x, weight_packed, weight_scale, layer.bias)
+    if layer.format.op in (ops.linear_grouped, ops.linear_xnor):
+        # These have no op on rows that are quantised already.
+        between = parameters["group_scale"] if layer.format.op is ops.linear_grouped else buffers["threshold"]
+        raw = layer.format.op.raw
+        return lambda: raw(x, weight_packed, weight_scale, between, layer.bias)
     q, scale, row_sum = ops.quantize_rows(x)
-    linear_s8 = ops.linear_s8.raw
-    return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype)
+    linear_s8, bits = ops.linear_s8.raw, layer.format.bits
+    return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype, bits)
 
 
 def shapes_of_model(name: str) -> tuple[tuple[int, int], ...]:

@@ -31,7 +31,7 @@ from tersor.bench.peers import rivals  # noqa: E402
 ROWS = (1, 4, 16, 64, 256, 1024)
 SHAPES = ((384, 1536), (1536, 384), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096), (4096, 11008))  # K, N
 # Never the best peer wherever tried; left out unless asked for, as they take most of the time.
-SLOW = ("bitsandbytes", "torchao", "torchao-compiled")
+SLOW = ("auto-round-lib", "bitsandbytes", "torchao", "torchao-compiled")
 
 
 @dataclass(frozen=True)

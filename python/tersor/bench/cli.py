@@ -93,7 +93,7 @@ def machine(fresh: bool, as_json: bool) -> None:
 
 @bench.command()
 @click.option(
-    "--format", "format_name", default="int8-dynamic", show_default=True, help="Format of our layer, e.g. int4, int4-g32, ternary."
+    "--format", "format_name", default="int8-dynamic", show_default=True, help="Format of our layer; int4-g32: groups of 32."
 )
 @click.option("--m", "rows", type=Numbers(), default="1,16,256", show_default=True, help="Rows of the input.")
 @click.option("--k", type=Numbers(), help="Input features. Every K is combined with every N.")

@@ -28,7 +28,7 @@ class Missing(Exception):
 
 
 # Relative error (Frobenius) against the float layer up to which a contender of so many bits a weight counts as right: on normal x
-# and uniform weights it is about 0.01, 0.08, 0.5 and 0.7 (signs x signs). A contender that skips half of its work has 0.71 and more.
+# and uniform weights it is about 0.01, 0.07, 0.5 and 0.73 (signs x signs). Without half of its outputs it is 0.71 and more.
 _MAX_ERROR = {32: 0.05, 16: 0.05, 8: 0.1, 4: 0.3, 2: 0.65, 1: 0.8}
 _FEW_OUTPUTS = 256  # on fewer, errors of few bits scatter too much to tell
 

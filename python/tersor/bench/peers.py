@@ -99,6 +99,7 @@ def make_peer(name: str, linear: nn.Linear, x: Tensor) -> Layer:
     return layer
 
 
+@torch.no_grad()
 def relative_error(output: Any, linear: nn.Linear, x: Tensor) -> float:
     """Of a contender's output against the float layer; 0 where there are too few outputs to tell."""
     want = linear(x.to(linear.weight.dtype))

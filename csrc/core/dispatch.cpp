@@ -22,15 +22,16 @@ namespace tersor {
 namespace {
 
 // One list of features: the bit, its name in messages. Where CPUID reports each is in cpu_features().
-#define TERSOR_FEATURES(X) \
-  X(kAvx2, "AVX2")         \
-  X(kFma, "FMA")           \
-  X(kF16c, "F16C")         \
-  X(kAvx512F, "AVX512F")   \
-  X(kAvx512Bw, "AVX512BW") \
-  X(kAvx512Dq, "AVX512DQ") \
-  X(kAvx512Vl, "AVX512VL") \
-  X(kAvx512Vnni, "AVX512_VNNI")
+#define TERSOR_FEATURES(X)      \
+  X(kAvx2, "AVX2")              \
+  X(kFma, "FMA")                \
+  X(kF16c, "F16C")              \
+  X(kAvx512F, "AVX512F")        \
+  X(kAvx512Bw, "AVX512BW")      \
+  X(kAvx512Dq, "AVX512DQ")      \
+  X(kAvx512Vl, "AVX512VL")      \
+  X(kAvx512Vnni, "AVX512_VNNI") \
+  X(kAvx512Vpopcntdq, "AVX512_VPOPCNTDQ")
 
 enum FeatureIndex {
 #define TERSOR_FEATURE(id, text) id##Index,
@@ -69,6 +70,7 @@ uint32_t cpu_features() {
     if (b & bit_AVX512DQ) have |= kAvx512Dq;
     if (b & bit_AVX512VL) have |= kAvx512Vl;
     if (c & bit_AVX512VNNI) have |= kAvx512Vnni;
+    if (c & bit_AVX512VPOPCNTDQ) have |= kAvx512Vpopcntdq;
   }
   return have;
 }

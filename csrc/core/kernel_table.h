@@ -11,15 +11,30 @@ namespace tersor {
 
 inline constexpr int64_t kTileN = 16;      // output channels of a tile
 inline constexpr int64_t kTileBytes = 64;  // 16 channels x one 32-bit little-endian word along K
-inline constexpr int64_t kTileK8 = 4;      // elements of K in a word of 8-bit codes
 inline constexpr int64_t kMaxK = 132104;   // largest K with 128 * 127 * K < 2^31: int32 sums cannot wrap
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Packed weights:  [ ceil(N/16) ][ ceil(K/4) ][ 16 ][ 4 ] uint8 codes w + 128; pad codes are 0
-//                     n tile        k step       n     k    one 64-byte tile per step
-inline constexpr int64_t packed_w8_bytes(int64_t N, int64_t K) { return ceil_div(N, kTileN) * ceil_div(K, kTileK8) * kTileBytes; }
+// Packed weights:  [ ceil(N/16) ][ ceil(K/kt) ][ 16 ][ 32 bits ]   kt = 32 / bits elements of K in a channel's word; pad codes are
+// 0
+//                     n tile        k step       n                 one 64-byte tile per step
+// Element k = 4j + b of a word, b = 0..3, lies in byte b at bits [bits * j, bits * j + bits): shifting the word right by bits * j
+// and masking each byte leaves four codes of neighbouring k, one in each byte. For 8 bits the word is four consecutive k.
+inline constexpr int64_t tile_k(int bits) { return 32 / bits; }
+inline constexpr int64_t packed_bytes(int64_t N, int64_t K, int bits) {
+  return ceil_div(N, kTileN) * ceil_div(K, tile_k(bits)) * kTileBytes;
+}
+inline constexpr int64_t kTileK8 = tile_k(8);
+
+// Codes are unsigned, u = w + 128 (8 bits), w + 8 (4), w + 1 (2: ternary, 3 is invalid) and 0, 1 for -1, +1 (1 bit):
+//   sum(w q) = 2^code_shift * sum(u q) - 2^offset_shift * sum(q)
+inline constexpr int offset_shift(int bits) { return bits == 8 ? 7 : bits == 4 ? 3 : 0; }
+inline constexpr int code_shift(int bits) { return bits == 1 ? 1 : 0; }
+
+// Scales of groups of K, relative to weight_scale:  [ ceil(N/16) ][ K / group_size ][ 16 ] float16, 32 bytes for a tile's group
+inline constexpr int64_t kGroupScaleBytes = 2 * kTileN;
+inline constexpr int64_t kGroupUnit = 32;  // a group is a multiple of it
 
 enum class Dtype : int32_t { f32, bf16, f16, s32 };
 inline constexpr int64_t dtype_bytes(Dtype t) { return t == Dtype::f32 || t == Dtype::s32 ? 4 : 2; }
@@ -53,14 +68,28 @@ struct QuantizeArgs {
   const float* input_scale = nullptr;
 };
 
-// acc[m][n] = sum_k q[m][k] * w[n][k], computed as sum(q * code) - 128 * row_sum modulo 2^32, then
+// Rows [0, M) of x against a threshold for each k become bits, 1 where x >= threshold, 0 past K, in the order of a 1-bit tile:
+// words of 32 k, little endian. scale = sum_k |x - threshold| * f32(1/K), summed in 64 lanes by k mod 64, the lanes in a tree
+// (binarize_x.inl). A row that holds NaN or inf gets bits 0, scale = NaN.
+struct BinarizeArgs {
+  Rows x;
+  int64_t M, K;
+  const float* threshold;  // [K]
+  uint8_t* bits;           // [M][ld_bits]; 4 * ceil(K/32) bytes of each row are written
+  int64_t ld_bits;
+  float* scale;  // [M]
+};
+
+// acc[m][n] = sum_k q[m][k] * w[n][k], computed from the codes with row_sum modulo 2^32, then
 // y = act(((f32(acc) * scale[m]) * weight_scale[n]) + bias[n]) rounded to y_dtype; Dtype::s32 stores acc itself.
+// Groups: f32(acc) is sum_g f32(acc_g) * group_scale[n][g] with the exact sum of each group, class F; no Dtype::s32.
+// xnor: q holds rows of bits (BinarizeArgs), acc[m][n] = K - 2 * (bits that differ).
 struct GemmArgs {
   int64_t N, K;
-  const int8_t* q;         // s8 rows, each readable up to round_up(K, 4); what stands past K meets code 0
+  const int8_t* q;         // s8 rows, each readable up to round_up(K, tile_k(bits)); what stands past K meets code 0
   int64_t ldq;             // bytes
   const float* scale;      // [M]; not read for Dtype::s32
-  const int32_t* row_sum;  // [M]
+  const int32_t* row_sum;  // [M]; with groups [M][K / group_size], the sums of q over each
   const uint8_t* weight_packed;
   const float* weight_scale;  // [N]; not read for Dtype::s32
   const float* bias;          // [N] or null
@@ -69,6 +98,8 @@ struct GemmArgs {
   Dtype y_dtype;
   int64_t ldy;            // elements
   bool stream_y = false;  // f32 stores go past the caches; y and its rows are aligned to 64 bytes
+  const uint8_t* group_scale = nullptr;
+  int64_t group_size = 0;  // a multiple of kGroupUnit that divides K
 };
 
 // y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class
@@ -94,7 +125,7 @@ struct GemmRange {
 
 struct IntGemm {
   void (*run)(const GemmArgs&, const GemmRange&);
-  int64_t x_scratch_bytes;  // of scratch for each element of a row, K rounded up to 4; 0: none is needed
+  int64_t x_scratch_bytes;  // of scratch for each element of a row, K rounded up to 4; 0: none is needed (always below 8 bits)
   // Scratch of one row. Rows are a line further apart than they are long: at a multiple of 4096 they would collide in L1.
   int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + 64 : 0; }
 };
@@ -107,6 +138,10 @@ struct FloatGemm {
 
 struct QuantizeX {
   void (*run)(const QuantizeArgs&);
+};
+
+struct BinarizeX {
+  void (*run)(const BinarizeArgs&);
 };
 
 struct WidenX {
@@ -124,7 +159,13 @@ struct Limits {
 #define TERSOR_KERNEL_ENTRIES(X) \
   X(QuantizeX, quantize_x)       \
   X(WidenX, widen_x)             \
+  X(BinarizeX, binarize_x)       \
   X(IntGemm, gemm_w8)            \
+  X(IntGemm, gemm_w4)            \
+  X(IntGemm, gemm_w2)            \
+  X(IntGemm, gemm_w1)            \
+  X(IntGemm, gemm_w4_grouped)    \
+  X(IntGemm, gemm_xnor)          \
   X(FloatGemm, gemm_f32_w8)      \
   X(Limits, limits)
 

@@ -18,6 +18,7 @@ constexpr int64_t kSplitRows = 32;
 // takes as long as three.
 constexpr int64_t kMinThreadWork = int64_t{1} << 20;
 constexpr int64_t kMinCostRows = 3;
+constexpr int64_t kXnorSpeed = 4;                       // bits x bits are about so many times as fast
 constexpr int64_t kMaxScratchBytes = int64_t{4} << 20;  // per thread
 // Rows of s8 are kept apart by a line beyond the next multiple of 64: a stride of exactly 4096 would make them collide in L1.
 int64_t s8_stride(int64_t K) { return round_up(K, 64) + 64; }
@@ -145,6 +146,67 @@ bool streams(const KernelTable& kt, const Output& out, int64_t M, int64_t N) {
          M * N * 4 >= kt.stream_bytes;
 }
 
+// Rows [m0, m1) of x as bits; `row` holds one gathered row.
+void binarize_block(const KernelTable& kt, const StridedRows& x, int64_t m0, int64_t m1, int64_t K, const float* threshold,
+                    uint8_t* bits, int64_t ld_bits, float* scale, char* row) {
+  if (x.stride_k == 1) {
+    kt.binarize_x.run({{at(x, m0), x.dtype, x.stride_m}, m1 - m0, K, threshold, bits, ld_bits, scale});
+    return;
+  }
+  for (int64_t m = m0; m < m1; ++m) {
+    gather_row(x, m, K, row);
+    const int64_t i = m - m0;
+    kt.binarize_x.run({{row, x.dtype, K}, 1, K, threshold, bits + i * ld_bits, ld_bits, scale + i});
+  }
+}
+
+// Operands of a block of rows whose first is row m of the output.
+GemmArgs gemm_args(const LinearWeights& w, const int8_t* q, int64_t ldq, const float* scale, const int32_t* row_sum,
+                   const float* bias, const Output& out, int64_t m, bool stream) {
+  return {w.N,
+          w.K,
+          q,
+          ldq,
+          scale,
+          row_sum,
+          w.weight_packed,
+          w.weight_scale,
+          bias,
+          w.activation,
+          row_of(out, m, w.N),
+          out.dtype,
+          w.N,
+          stream,
+          w.group_scale,
+          w.group_size};
+}
+
+// The kernel of a layer's width.
+const IntGemm& gemm_of(const KernelTable& kt, const LinearWeights& w) {
+  if (w.group_scale) return kt.gemm_w4_grouped;
+  return w.bits == 8 ? kt.gemm_w8 : w.bits == 4 ? kt.gemm_w4 : w.bits == 2 ? kt.gemm_w2 : kt.gemm_w1;
+}
+
+// The last word of a row reaches past K, where it meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
+void zero_past_k(int8_t* q, int64_t rows, int64_t ldq, const LinearWeights& w) {
+  const int64_t past = round_up(w.K, tile_k(w.bits)) - w.K;
+  for (int64_t m = 0; m < rows && past; ++m) std::memset(q + m * ldq + w.K, 0, static_cast<size_t>(past));
+}
+
+int64_t groups_of(const LinearWeights& w) { return w.group_scale ? w.K / w.group_size : 0; }
+
+// [rows][groups] sums of q over each group.
+void sum_groups(const int8_t* q, int64_t rows, int64_t ldq, const LinearWeights& w, int32_t* sums) {
+  for (int64_t m = 0; m < rows; ++m) {
+    const int8_t* at = q + m * ldq;
+    for (int64_t g = 0; g < groups_of(w); ++g, at += w.group_size) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < w.group_size; ++k) sum += at[k];
+      *sums++ = sum;
+    }
+  }
+}
+
 }  // namespace
 
 const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const StridedRows& x, const float* absmax,
@@ -164,14 +226,24 @@ const char* quantize_rows(const KernelTable& kt, int64_t M, int64_t K, const Str
   return nullptr;
 }
 
+const char* binarize_rows(const KernelTable& kt, int64_t M, int64_t K, const StridedRows& x, const float* threshold, uint8_t* bits,
+                          float* scale) {
+  const int64_t ld = 4 * ceil_div(K, tile_k(1));
+  char* row = nullptr;
+  if (x.stride_k != 1 && !(row = thread_scratch.get(gather_bytes(x, K)))) return kOutOfMemory;
+  binarize_block(kt, x, 0, M, K, threshold, bits, ld, scale, row);
+  return nullptr;
+}
+
 const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
+  const IntGemm& gemm = gemm_of(kt, w);
   const Split split = split_work(M, w.N, w.K);
   const bool stream = streams(kt, out, M, w.N);
-  const int64_t ldq = s8_stride(w.K);
-  const int64_t row_bytes = ldq + kt.gemm_w8.row_scratch(w.K) + 8;
+  const int64_t ldq = s8_stride(w.K), groups = groups_of(w);
+  const int64_t row_bytes = ldq + gemm.row_scratch(w.K) + 8 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 256 + gather_bytes(x, w.K);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -182,17 +254,16 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
     auto* q = carve.take<int8_t>(mc * ldq);
     auto* scale = carve.take<float>(mc);
     auto* row_sum = carve.take<int32_t>(mc);
+    auto* group_sum = carve.take<int32_t>(mc * groups);
     char* row = carve.take<char>(gather_bytes(x, w.K));
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
       quantize_block(kt, x, m, m + rows, w.K, nullptr, w.input_scale, q, ldq, scale, row_sum, row);
-      // What the last k step reads past K meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
-      for (int64_t j = 0; j < rows; ++j) std::memset(q + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
-      const GemmArgs args{
-          w.N,       w.K, q,     ldq, scale, row_sum, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
-          out.dtype, w.N, stream};
-      kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+      zero_past_k(q, rows, ldq, w);
+      if (groups) sum_groups(q, rows, ldq, w, group_sum);
+      gemm.run(gemm_args(w, q, ldq, scale, groups ? group_sum : row_sum, bias, out, m, stream),
+               {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };
   parallel_for(split.pieces(), piece);
@@ -201,14 +272,15 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
 
 const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
+  const IntGemm& gemm = gemm_of(kt, w);
   const Split split = split_work(M, w.N, w.K);
   const bool stream = streams(kt, out, M, w.N);
-  // A word of the last k step would reach past K, perhaps past the buffer: such rows are copied.
-  const bool copy = w.K % kTileK8 != 0;
-  const int64_t ldq = copy ? s8_stride(w.K) : x.ldq;
-  const int64_t row_bytes = (copy ? ldq : 0) + kt.gemm_w8.row_scratch(w.K) + 1;
+  // The last word would reach past K, perhaps past the buffer: such rows are copied.
+  const bool copy = w.K % tile_k(w.bits) != 0;
+  const int64_t ldq = copy ? s8_stride(w.K) : x.ldq, groups = groups_of(w);
+  const int64_t row_bytes = (copy ? ldq : 0) + gemm.row_scratch(w.K) + 1 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 64;
+  const int64_t slice = round_up(mc * row_bytes, 64) + 128;
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -217,32 +289,50 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
     const Rectangle r = piece_of(split, M, w.N, i);
     Carver carve{scratch + i * slice};
     auto* rows_copy = carve.take<int8_t>(copy ? mc * ldq : 0);
+    auto* group_sum = carve.take<int32_t>(mc * groups);
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
       const int8_t* q = x.q + m * x.ldq;
       if (copy) {
-        for (int64_t j = 0; j < rows; ++j) {
-          std::memcpy(rows_copy + j * ldq, q + j * x.ldq, static_cast<size_t>(w.K));
-          std::memset(rows_copy + j * ldq + w.K, 0, static_cast<size_t>(round_up(w.K, kTileK8) - w.K));
-        }
+        for (int64_t j = 0; j < rows; ++j) std::memcpy(rows_copy + j * ldq, q + j * x.ldq, static_cast<size_t>(w.K));
+        zero_past_k(rows_copy, rows, ldq, w);
         q = rows_copy;
       }
-      const GemmArgs args{w.N,
-                          w.K,
-                          q,
-                          ldq,
-                          x.scale ? x.scale + m : nullptr,
-                          x.row_sum + m,
-                          w.weight_packed,
-                          w.weight_scale,
-                          bias,
-                          w.activation,
-                          row_of(out, m, w.N),
-                          out.dtype,
-                          w.N,
-                          stream};
-      kt.gemm_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+      if (groups) sum_groups(q, rows, ldq, w, group_sum);
+      const float* scale = x.scale ? x.scale + m : nullptr;
+      gemm.run(gemm_args(w, q, ldq, scale, groups ? group_sum : x.row_sum + m, bias, out, m, stream),
+               {0, rows, r.t0, r.t1, gemm_scratch});
+    }
+  };
+  parallel_for(split.pieces(), piece);
+  return nullptr;
+}
+
+const char* linear_xnor(const KernelTable& kt, int64_t M, const StridedRows& x, const float* threshold, const LinearWeights& w,
+                        const Output& out) {
+  if (M == 0 || w.N == 0) return nullptr;
+  const Split split = split_work(M, w.N, ceil_div(w.K, kXnorSpeed));
+  const bool stream = streams(kt, out, M, w.N);
+  const int64_t ld = s8_stride(4 * ceil_div(w.K, tile_k(1)));
+  const int64_t row_bytes = ld + 4;
+  const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 128 + gather_bytes(x, w.K);
+  char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
+  if (!scratch) return kOutOfMemory;
+  const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
+
+  auto piece = [&](int64_t i) {
+    const Rectangle r = piece_of(split, M, w.N, i);
+    Carver carve{scratch + i * slice};
+    auto* bits = carve.take<uint8_t>(mc * ld);
+    auto* scale = carve.take<float>(mc);
+    char* row = carve.take<char>(gather_bytes(x, w.K));
+    for (int64_t m = r.m0; m < r.m1; m += mc) {
+      const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
+      binarize_block(kt, x, m, m + rows, w.K, threshold, bits, ld, scale, row);
+      kt.gemm_xnor.run(gemm_args(w, reinterpret_cast<const int8_t*>(bits), ld, scale, nullptr, bias, out, m, stream),
+                       {0, rows, r.t0, r.t1, nullptr});
     }
   };
   parallel_for(split.pieces(), piece);

@@ -2,14 +2,10 @@
 // -ffp-contract=off and written with the vocabulary only, so every variant gives the same bits (class E of docs/numerics.md).
 #pragma once
 
-#include "../core/kernel_table.h"
+#include "products.h"
 
 namespace tersor::TERSOR_ISA {
 namespace {
-
-using Vi = Isa::Vi;
-using Vf = Isa::Vf;
-constexpr int kTileVecs = static_cast<int>(kTileN) / Isa::kLanes;
 
 // exp(x) on [-87, 88], clamped outside, NaN kept. Cephes expf: x = n ln2 + r with ln2 in two parts, degree 5 in r; error < 2 ulp.
 inline Vf exp_(Vf x) {

@@ -1,44 +1,55 @@
-// Integer GEMM over tiles. A register block is kRows rows x kTiles tiles; all of K stays in registers, the epilogue follows at
-// once.
+// Integer GEMM over tiles of any width. A register block is kRows rows x kTiles tiles; all of K stays in registers, the epilogue
+// follows at once.
 //
 //   for n panel (kTiles tiles, all of K):          streams once, stays in L1/L2 for the row blocks
 //     for row block (kRows rows, s8, in L1/L2):
-//       for k step: kTiles loads of weights, kRows broadcasts of x, kRows * kTiles dot4
+//       for k step (a word of 32 bits for each channel), for each of the word's 8 / bits groups of four codes:
+//         kTiles loads and unpackings of weights, kRows broadcasts of x, kRows * kTiles dot4
+//
+// What a word is and what it does to the sums is the product P (products.h); its loops, blocks and stores are here.
 
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int64_t kXStepBytes = kTileK8 * Isa::kXBytesPerK;
-
 struct BlockArgs {
   const GemmArgs* gemm;
-  const uint8_t* w;  // first tile of the panel
-  const char* x;     // first row, in the form Isa::load_x reads
-  int64_t ldx;       // bytes
-  int64_t k_steps;
+  const uint8_t* w;     // first tile of the panel
+  const char* x;        // first row, in the form the product reads
+  int64_t ldx;          // bytes
+  int64_t words;        // k steps
   int64_t m, n;         // first row of the block within the range's arrays, first channel
   const uint8_t* next;  // tiles of the next panel to bring into L2 meanwhile
   int64_t next_lines;   // cache lines of it for this block
+
+  int64_t tile_stride() const { return words * kTileBytes; }
 };
 
-template <int kRows, int kTiles>
-void store_block(const BlockArgs& b, const Vi (&sum)[kRows][kTiles * kTileVecs]) {
+template <typename Sum>
+inline constexpr bool kIsFloat = false;
+template <>
+inline constexpr bool kIsFloat<Vf> = true;
+inline Vf as_f32(Vi v) { return Isa::to_f32(v); }
+inline Vf as_f32(Vf v) { return v; }
+
+// Sums: Vi (the integers) or Vf (sums of scaled groups).
+template <int kRows, int kTiles, typename Sum>
+void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]) {
   constexpr int64_t kWidth = kTiles * kTileN;
   const GemmArgs& g = *b.gemm;
   const int64_t columns = b.n + kWidth <= g.N ? kWidth : g.N - b.n;
   const int64_t offset = b.m * g.ldy + b.n;
   alignas(64) float block[kRows * kWidth];
 
-  if (g.y_dtype == Dtype::s32) {
+  if constexpr (!kIsFloat<Sum>) {
+    if (g.y_dtype == Dtype::s32) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const Vi repair = Isa::shl<7>(Isa::set1_i(g.row_sum[b.m + m]));
+      for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kTiles * kTileVecs; ++v)
-        Isa::store_i(block + m * kWidth + v * Isa::kLanes, Isa::sub_i(sum[m][v], repair));
+        for (int v = 0; v < kTiles * kTileVecs; ++v) Isa::store_i(block + m * kWidth + v * Isa::kLanes, sum[m][v]);
+      }
+      finish_block(block, kRows, kWidth, columns, Activation::none, g.y, g.y_dtype, g.ldy, offset);
+      return;
     }
-    finish_block(block, kRows, kWidth, columns, Activation::none, g.y, g.y_dtype, g.ldy, offset);
-    return;
   }
 
   const Channels channels(g.weight_scale, g.bias, b.n, kWidth, columns);
@@ -50,11 +61,10 @@ void store_block(const BlockArgs& b, const Vi (&sum)[kRows][kTiles * kTileVecs])
   auto finish = [&](auto put) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const Vi repair = Isa::shl<7>(Isa::set1_i(g.row_sum[b.m + m]));  // 128 * sum(q), modulo 2^32
       const Vf scale = Isa::set1(g.scale[b.m + m]);
 #pragma GCC unroll 16
       for (int v = 0; v < kTiles * kTileVecs; ++v) {
-        Vf f = Isa::mul(Isa::to_f32(Isa::sub_i(sum[m][v], repair)), scale);
+        Vf f = Isa::mul(as_f32(sum[m][v]), scale);
         f = Isa::mul(f, Isa::load(channels.scale + v * Isa::kLanes));
         if (channels.bias) f = Isa::add(f, Isa::load(channels.bias + v * Isa::kLanes));
         if (relu) f = activation::relu::apply(f);
@@ -70,135 +80,185 @@ void store_block(const BlockArgs& b, const Vi (&sum)[kRows][kTiles * kTileVecs])
   if (!direct) finish_block(block, kRows, kWidth, columns, g.activation, g.y, g.y_dtype, g.ldy, offset);
 }
 
-template <int kRows, int kTiles>
-void micro_kernel(const BlockArgs& b) {
-  constexpr int kSets = Isa::acc_sets(kRows);
-  constexpr int kVecs = kTiles * kTileVecs;
-  constexpr int kUnroll = 4;
-  // Small blocks read weights that the hardware prefetcher already streams; there a software prefetch only costs a slot.
-  constexpr bool kPrefetch = kRows > Isa::kMaxRows / 2;
-
-  Vi acc[kSets][kRows][kVecs];
-#pragma GCC unroll 2
+template <int kSets, int kRows, int kVecs>
+[[gnu::always_inline]] inline void clear(Vi (&sums)[kSets][kRows][kVecs]) {
+#pragma GCC unroll 8
   for (int s = 0; s < kSets; ++s) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) acc[s][m][v] = Isa::zero_i();
+      for (int v = 0; v < kVecs; ++v) sums[s][m][v] = Isa::zero_i();
     }
   }
+}
 
-  const int64_t tile_stride = b.k_steps * kTileBytes;
-  const uint8_t* w = b.w;
-  const char* x = b.x;
-  const int64_t ldx = b.ldx;
-  const uint8_t* next = b.next;
-  // Spread evenly over the k steps; past the last line of the matrix a prefetch does nothing.
-  const int64_t stride = kPrefetch ? ceil_div(b.next_lines, b.k_steps / kUnroll + 1) * kTileBytes : 0;
+// Adds `words` words to the sums and moves o past them. `turn` runs before each kUnroll words.
+template <typename P, int kSets, int kRows, int kVecs, typename Turn>
+[[gnu::always_inline]] inline void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+  int64_t k = 0;
+  for (; k + P::kUnroll <= words; k += P::kUnroll) {
+    turn();
+#pragma GCC unroll 4
+    for (int u = 0; u < P::kUnroll; ++u) {
+      P::word(sums, u, {o.w + u * kTileBytes, o.tile_stride, o.x + u * P::kXWordBytes, o.ldx});
+    }
+    o.w += P::kUnroll * kTileBytes;
+    o.x += P::kUnroll * P::kXWordBytes;
+  }
+  if constexpr (P::kUnroll > 1) {
+    for (; k < words; ++k) {
+      P::word(sums, 0, o);
+      o.w += kTileBytes;
+      o.x += P::kXWordBytes;
+    }
+  }
+}
 
-  auto step = [&](Vi(&sums)[kRows][kVecs], int64_t u) __attribute__((always_inline)) {
-    Isa::W codes[kVecs];
-#pragma GCC unroll 4
-    for (int t = 0; t < kTiles; ++t) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVecs; ++v) {
-        codes[t * kTileVecs + v] = Isa::load_w8(w + t * tile_stride + u * kTileBytes + v * Isa::kLanes * 4);
+// The sums of `words` words, 32 bits wide, in total[0]; o moves past them.
+template <typename P, int kSets, int kRows, int kVecs, typename Turn>
+[[gnu::always_inline]] inline void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+  clear(total);
+  if constexpr (P::kFlushWords == 0) {
+    add_words<P>(total, o, words, turn);
+    P::join(total);
+  } else {
+    for (int64_t k = 0; k < words; k += P::kFlushWords) {
+      Vi narrow[1][kRows][kVecs];
+      clear(narrow);
+      add_words<P>(narrow, o, k + P::kFlushWords < words ? P::kFlushWords : words - k, turn);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) total[0][m][v] = Isa::add_i(total[0][m][v], P::widen(narrow[0][m][v]));
       }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const Isa::X row = Isa::load_x(x + m * ldx + u * kXStepBytes);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) sums[m][v] = Isa::dot4(sums[m][v], codes[v], row);
-    }
-  };
+  }
+}
 
-  int64_t k = 0;
-  for (; k + kUnroll <= b.k_steps; k += kUnroll) {
+template <typename P, int kRows, int kTiles>
+void micro_kernel(const BlockArgs& b) {
+  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
+  constexpr int kVecs = kTiles * kTileVecs;
+  // Small blocks read weights that the hardware prefetcher already streams; there a software prefetch only costs a slot.
+  constexpr bool kPrefetch = kRows > P::kMaxRows / 2;
+  const uint8_t* next = b.next;
+  // Spread evenly over the k steps; past the last line of the matrix a prefetch does nothing.
+  const int64_t stride = kPrefetch ? ceil_div(b.next_lines, b.words / P::kUnroll + 1) * kTileBytes : 0;
+  auto prefetch = [&]() __attribute__((always_inline)) {
     if constexpr (kPrefetch) {
       for (const uint8_t* stop = next + stride; next < stop; next += kTileBytes) __builtin_prefetch(next, 0, 2);
     }
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) step(acc[u % kSets], u);
-    w += kUnroll * kTileBytes;
-    x += kUnroll * kXStepBytes;
-  }
-  for (; k < b.k_steps; ++k) {
-    step(acc[0], 0);
-    w += kTileBytes;
-    x += kXStepBytes;
-  }
+  };
 
-  if constexpr (kSets == 2) {
+  Vi sums[kSets][kRows][kVecs];
+  Operands o{b.w, b.tile_stride(), b.x, b.ldx};
+  sum_words<P>(sums, o, b.words, prefetch);
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    const int32_t repair = P::repair(*b.gemm, b.m + m);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) sums[0][m][v] = P::value(sums[0][m][v], repair);
+  }
+  store_block<kRows, kTiles>(b, sums[0]);
+}
+
+// 4-bit codes whose scale changes along K: the exact sum of each group becomes float and is added times its scale.
+struct Grouped : Codes<4> {
+  static constexpr int kMaxRows = Isa::kGroupedMaxRows;
+  static constexpr int max_tiles(int rows) { return Isa::grouped_tiles(rows); }
+};
+
+template <int kRows, int kTiles>
+void grouped_kernel(const BlockArgs& b) {
+  using P = Grouped;
+  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
+  constexpr int kVecs = kTiles * kTileVecs;
+  const GemmArgs& g = *b.gemm;
+  const int64_t groups = g.K / g.group_size, words = g.group_size / tile_k(4);
+  const uint8_t* scales = g.group_scale + b.n / kTileN * groups * kGroupScaleBytes;
+  Operands o{b.w, b.tile_stride(), b.x, b.ldx};
+
+  Vf total[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) total[m][v] = Isa::set1(0.0f);
+  }
+  for (int64_t i = 0; i < groups; ++i) {
+    Vi sums[kSets][kRows][kVecs];
+    sum_words<P>(sums, o, words, [] {});
+    Vf scale[kVecs];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) {
+      const uint8_t* at = scales + (v / kTileVecs * groups + i) * kGroupScaleBytes + v % kTileVecs * Isa::kLanes * 2;
+      scale[v] = Isa::load_f16(reinterpret_cast<const uint16_t*>(at));
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
+      const int32_t repair = g.row_sum[(b.m + m) * groups + i];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) acc[0][m][v] = Isa::add_i(acc[0][m][v], acc[1][m][v]);
+      for (int v = 0; v < kVecs; ++v) {
+        total[m][v] = Isa::muladd(Isa::to_f32(P::value(sums[0][m][v], repair)), scale[v], total[m][v]);
+      }
     }
   }
-  store_block<kRows, kTiles>(b, acc[0]);
+  store_block<kRows, kTiles>(b, total);
 }
 
-using MicroKernel = void (*)(const BlockArgs&);
+using BlockKernel = void (*)(const BlockArgs&);
 
-template <int kRows>
-MicroKernel pick_tiles(int64_t tiles) {
-  constexpr int kMost = Isa::max_tiles(kRows);
+template <typename P>
+struct Kernel {
+  template <int kRows, int kTiles>
+  static constexpr BlockKernel of = micro_kernel<P, kRows, kTiles>;
+};
+template <>
+struct Kernel<Grouped> {
+  template <int kRows, int kTiles>
+  static constexpr BlockKernel of = grouped_kernel<kRows, kTiles>;
+};
+
+template <typename P, int kRows>
+BlockKernel pick_tiles(int64_t tiles) {
+  constexpr int kMost = P::max_tiles(kRows);
   if constexpr (kMost >= 4) {
-    if (tiles >= 4) return micro_kernel<kRows, 4>;
+    if (tiles >= 4) return Kernel<P>::template of<kRows, 4>;
   }
   if constexpr (kMost >= 3) {
-    if (tiles >= 3) return micro_kernel<kRows, 3>;
+    if (tiles >= 3) return Kernel<P>::template of<kRows, 3>;
   }
   if constexpr (kMost >= 2) {
-    if (tiles >= 2) return micro_kernel<kRows, 2>;
+    if (tiles >= 2) return Kernel<P>::template of<kRows, 2>;
   }
-  return micro_kernel<kRows, 1>;
+  return Kernel<P>::template of<kRows, 1>;
 }
 
-template <int kRows = 1>
-MicroKernel pick(int64_t rows, int64_t tiles) {
-  if constexpr (kRows < Isa::kMaxRows) {
-    if (rows > kRows) return pick<kRows + 1>(rows, tiles);
+template <typename P, int kRows = 1>
+BlockKernel pick(int64_t rows, int64_t tiles) {
+  if constexpr (kRows < P::kMaxRows) {
+    if (rows > kRows) return pick<P, kRows + 1>(rows, tiles);
   }
-  return pick_tiles<kRows>(tiles);
+  return pick_tiles<P, kRows>(tiles);
 }
 
-// The rows in the form that I::load_x reads: themselves, or a copy in scratch.
-template <typename I>
-const char* prepare_x(const int8_t* q, int64_t rows, int64_t k_steps, void* scratch, int64_t* ld) {
-  if constexpr (I::kXBytesPerK > 1) {
-    char* out = static_cast<char*>(scratch);
-    const int64_t stride = k_steps * kXStepBytes + 64;
-    for (int64_t m = 0; m < rows; ++m) I::split_x(q + m * *ld, k_steps, out + m * stride);
-    *ld = stride;
-    return out;
-  } else {
-    return reinterpret_cast<const char*>(q);
-  }
-}
-
-void gemm_w8(const GemmArgs& g, const GemmRange& r) {
+// All blocks of a range. x: its first row, in the form the product reads.
+template <typename P>
+void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ldx, int64_t words) {
   const int64_t rows = r.m1 - r.m0;
-  if (rows <= 0) return;
-  const int64_t k_steps = ceil_div(g.K, kTileK8);
-  int64_t ldx = g.ldq;
-  const char* x = prepare_x<Isa>(g.q + r.m0 * g.ldq, rows, k_steps, r.scratch, &ldx);
-
-  const int64_t row_blocks = ceil_div(rows, Isa::kMaxRows);
+  const int64_t row_blocks = ceil_div(rows, P::kMaxRows);
   const int64_t short_rows = rows / row_blocks, long_blocks = rows % row_blocks;  // nearly equal heights
-  const int64_t panel = Isa::max_tiles(static_cast<int>(short_rows + (long_blocks ? 1 : 0)));
+  const int64_t panel = P::max_tiles(static_cast<int>(short_rows + (long_blocks ? 1 : 0)));
   for (int64_t t = r.t0; t < r.t1; t += panel) {
     const int64_t tiles = t + panel < r.t1 ? panel : r.t1 - t;
     const int64_t tiles_after = r.t1 - t - tiles < panel ? r.t1 - t - tiles : panel;
     BlockArgs b;
     b.gemm = &g;
-    b.w = g.weight_packed + t * k_steps * kTileBytes;
+    b.w = g.weight_packed + t * words * kTileBytes;
     b.ldx = ldx;
-    b.k_steps = k_steps;
+    b.words = words;
     b.n = t * kTileN;
-    const uint8_t* next = b.w + tiles * k_steps * kTileBytes;
-    const int64_t lines = tiles_after * k_steps;
+    const uint8_t* next = b.w + tiles * words * kTileBytes;
+    const int64_t lines = tiles_after * words;
     int64_t m = 0;
     for (int64_t i = 0; i < row_blocks; ++i) {
       const int64_t height = short_rows + (i < long_blocks ? 1 : 0);
@@ -206,11 +266,40 @@ void gemm_w8(const GemmArgs& g, const GemmRange& r) {
       b.m = r.m0 + m;
       b.next = next + i * lines / row_blocks * kTileBytes;
       b.next_lines = (i + 1) * lines / row_blocks - i * lines / row_blocks;
-      pick<>(height, tiles)(b);
+      pick<P>(height, tiles)(b);
       m += height;
     }
   }
   if (g.stream_y) Isa::stream_fence();
+}
+
+template <int kBits, typename P = Codes<kBits>>
+void gemm_codes(const GemmArgs& g, const GemmRange& r) {
+  using D = typename P::D;
+  const int64_t rows = r.m1 - r.m0;
+  if (rows <= 0) return;
+  const int64_t words = ceil_div(g.K, tile_k(kBits));
+  int64_t ldx = g.ldq;
+  const char* x = reinterpret_cast<const char*>(g.q + r.m0 * g.ldq);
+  if constexpr (D::kXBytesPerK > 1) {  // the rows in the form that D::load_x reads
+    char* out = static_cast<char*>(r.scratch);
+    const int64_t stride = words * P::kXWordBytes + 64;
+    for (int64_t m = 0; m < rows; ++m) D::split_x(g.q + (r.m0 + m) * g.ldq, words, out + m * stride);
+    x = out;
+    ldx = stride;
+  }
+  run_blocks<P>(g, r, x, ldx, words);
+}
+
+void gemm_w8(const GemmArgs& g, const GemmRange& r) { gemm_codes<8>(g, r); }
+void gemm_w4(const GemmArgs& g, const GemmRange& r) { gemm_codes<4>(g, r); }
+void gemm_w2(const GemmArgs& g, const GemmRange& r) { gemm_codes<2>(g, r); }
+void gemm_w1(const GemmArgs& g, const GemmRange& r) { gemm_codes<1>(g, r); }
+void gemm_w4_grouped(const GemmArgs& g, const GemmRange& r) { gemm_codes<4, Grouped>(g, r); }
+
+void gemm_xnor(const GemmArgs& g, const GemmRange& r) {
+  if (r.m1 <= r.m0) return;
+  run_blocks<Xnor>(g, r, reinterpret_cast<const char*>(g.q + r.m0 * g.ldq), g.ldq, ceil_div(g.K, tile_k(1)));
 }
 
 }  // namespace

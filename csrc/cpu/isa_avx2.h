@@ -9,7 +9,20 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
+// std::conditional, which may not be instantiated in a variant (see variant.cpp).
+template <bool kFirst, typename A, typename B>
+struct ChooseType {
+  using type = A;
+};
+template <typename A, typename B>
+struct ChooseType<false, A, B> {
+  using type = B;
+};
+template <bool kFirst, typename A, typename B>
+using Choose = typename ChooseType<kFirst, A, B>::type;
+
 struct Isa {
+  static constexpr bool kAllKernels = true;
   static constexpr int kLanes = 8;
   using Vi = __m256i;
   using Vf = __m256;
@@ -36,6 +49,7 @@ struct Isa {
   static Vi sar(Vi a) {
     return _mm256_srai_epi32(a, kBits);
   }
+  static Vi sar_by(Vi a, int bits) { return _mm256_srai_epi32(a, bits); }
   static int32_t reduce_add(Vi a) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -62,6 +76,7 @@ struct Isa {
   static Vf max_(Vf a, Vf b) { return _mm256_max_ps(a, b); }
   static Vf muladd(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
   static Vf to_f32(Vi v) { return _mm256_cvtepi32_ps(v); }
+  static uint32_t mask_ge(Vf a, Vf b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
   static Vi round(Vf v) { return _mm256_cvtps_epi32(v); }
   static Vi bits(Vf v) { return _mm256_castps_si256(v); }
   static Vf from_bits(Vi v) { return _mm256_castsi256_ps(v); }
@@ -85,55 +100,93 @@ struct Isa {
   // s16 and vpmaddwd adds pairs into s32. Bytes 0 and 2 of a word are its even half, 1 and 3 its odd half: masking and shifting
   // 16-bit lanes splits the codes in two instructions, and no lane ever mixes two channels. The rows are split once per block:
   //   widened row  [ K/4 ][ even: k0 k2 | odd: k1 k3 ] s16, 8 bytes a k step
-  struct W {
-    __m256i even, odd;
-  };
-  struct X {
-    __m256i even, odd;
-  };
-  static constexpr int kXBytesPerK = 2;
-  static void split_x(const int8_t* q, int64_t steps, char* out) {
-    for (int64_t s = 0; s < steps; ++s) {
-      const int16_t halves[4] = {q[4 * s], q[4 * s + 2], q[4 * s + 1], q[4 * s + 3]};
-      __builtin_memcpy(out + 8 * s, halves, 8);
+  struct Dot8 {
+    struct W {
+      __m256i even, odd;
+    };
+    struct X {
+      __m256i even, odd;
+    };
+    static constexpr int kXBytesPerK = 2;
+    static constexpr int kPartialSteps = 0;
+    static void split_x(const int8_t* q, int64_t words, char* out) {
+      for (int64_t s = 0; s < words; ++s) {
+        const int16_t halves[4] = {q[4 * s], q[4 * s + 2], q[4 * s + 1], q[4 * s + 3]};
+        __builtin_memcpy(out + 8 * s, halves, 8);
+      }
     }
-  }
-  static W load_w8(const uint8_t* p) {
-    const __m256i w = load_i(p);
-    return {_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(w, 8)};
-  }
-  static X load_x(const char* p) {
-    int32_t even, odd;
-    __builtin_memcpy(&even, p, 4);
-    __builtin_memcpy(&odd, p + 4, 4);
-    return {_mm256_set1_epi32(even), _mm256_set1_epi32(odd)};
-  }
-  static Vi dot4(Vi acc, const W& w, const X& x) {
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w.even, x.even));
-    opaque(acc);  // gcc 12 would form all products of a step first and spill every accumulator to make room
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w.odd, x.odd));
-    opaque(acc);
-    return acc;
-  }
+    static W codes(const uint8_t* p, int) {
+      const __m256i w = load_i(p);
+      return {_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(w, 8)};
+    }
+    static X load_x(const char* p) {
+      int32_t even, odd;
+      __builtin_memcpy(&even, p, 4);
+      __builtin_memcpy(&odd, p + 4, 4);
+      return {_mm256_set1_epi32(even), _mm256_set1_epi32(odd)};
+    }
+    static Vi dot4(Vi acc, const W& w, const X& x) {
+      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w.even, x.even));
+      opaque(acc);  // gcc 12 would form all products of a step first and spill every accumulator to make room
+      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w.odd, x.odd));
+      opaque(acc);
+      return acc;
+    }
+    static Vi widen(Vi acc) { return acc; }
+  };
+  // Of few bits vpmaddubsw is exact, and its pair sums may be added in s16 for a while: a step adds at most 2 * 128 * (2^bits - 1)
+  // to a lane, 3840, 768 or 256, of 32767.
+  template <int kBits>
+  struct DotFew {
+    using W = __m256i;
+    using X = __m256i;
+    static constexpr int kXBytesPerK = 1;
+    static constexpr int kPartialSteps = kBits == 4 ? 8 : kBits == 2 ? 32 : 64;
+    static_assert(kPartialSteps * 256 * ((1 << kBits) - 1) <= 32767);
+    static W codes(const uint8_t* p, int j) {
+      return _mm256_and_si256(_mm256_srli_epi32(load_i(p), kBits * j), _mm256_set1_epi8((1 << kBits) - 1));
+    }
+    static X load_x(const char* p) {
+      int32_t word;
+      __builtin_memcpy(&word, p, 4);
+      return _mm256_set1_epi32(word);
+    }
+    static Vi dot4(Vi acc, W w, X x) {
+      acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x));
+      opaque(acc);
+      return acc;
+    }
+    static Vi widen(Vi acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  };
+  template <int kBits>
+  using Dot = Choose<kBits == 8, Dot8, DotFew<kBits>>;
 
-  static Vi popcount(Vi a) {
-    // the bits of each half byte from a table, bytes to pairs, pairs to words
-    const Vi table =
-        _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-    const Vi low = _mm256_set1_epi8(15);
-    const Vi bytes = _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(a, low)),
-                                     _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(a, 4), low)));
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
-  }
+  // The bits of each half byte from a table, counted in bytes: 31 times 8 fits one.
+  struct Popcount {
+    static constexpr int kPartialSteps = 31;
+    static Vi add(Vi acc, Vi a) {
+      const Vi table =
+          _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+      const Vi low = _mm256_set1_epi8(15);
+      acc = _mm256_add_epi8(acc, _mm256_shuffle_epi8(table, _mm256_and_si256(a, low)));
+      acc = _mm256_add_epi8(acc, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(a, 4), low)));
+      opaque(acc);
+      return acc;
+    }
+    static Vi widen(Vi acc) { return _mm256_madd_epi16(_mm256_maddubs_epi16(acc, _mm256_set1_epi8(1)), _mm256_set1_epi16(1)); }
+  };
   static void opaque(Vi& v) { __asm__ volatile("" : "+x"(v)); }
   static void opaque(Vf& v) { __asm__ volatile("" : "+x"(v)); }
-  static void opaque(W& w) { __asm__ volatile("" : "+x"(w.even), "+x"(w.odd)); }
-  static void opaque(X& x) { __asm__ volatile("" : "+x"(x.even), "+x"(x.odd)); }
+  static void opaque(Dot8::W& w) { __asm__ volatile("" : "+x"(w.even), "+x"(w.odd)); }
+  static void opaque(Dot8::X& x) { __asm__ volatile("" : "+x"(x.even), "+x"(x.odd)); }
 
   // 16 registers hold 4 rows x 1 tile: 8 accumulators, 4 halves of codes, 2 of x, one product.
   static constexpr int kMaxRows = 4;
   static constexpr int max_tiles(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int acc_sets(int rows) { return rows == 1 ? 2 : 1; }
+  static constexpr int kInPlaceRows = 0;  // shifted back after the narrow sums would not do
+  static constexpr int kGroupedMaxRows = 2;
+  static constexpr int grouped_tiles(int) { return 1; }
   // Float GEMM: 6 x 2 accumulators, 2 weights, a broadcast.
   static constexpr int kFloatMaxRows = 6;
   static constexpr int kFloatTiles = 1;

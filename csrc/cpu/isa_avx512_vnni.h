@@ -9,7 +9,8 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-struct Isa {
+struct Avx512Vnni {
+  static constexpr bool kAllKernels = true;
   static constexpr int kLanes = 16;
   using Vi = __m512i;
   using Vf = __m512;
@@ -36,6 +37,7 @@ struct Isa {
   static Vi sar(Vi a) {
     return _mm512_srai_epi32(a, kBits);
   }
+  static Vi sar_by(Vi a, int bits) { return _mm512_srai_epi32(a, static_cast<unsigned>(bits)); }
   static int32_t reduce_add(Vi a) { return _mm512_reduce_add_epi32(a); }
   static int32_t reduce_max(Vi a) { return _mm512_reduce_max_epi32(a); }
 
@@ -52,6 +54,7 @@ struct Isa {
   static Vf max_(Vf a, Vf b) { return _mm512_max_ps(a, b); }
   static Vf muladd(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
   static Vf to_f32(Vi v) { return _mm512_cvtepi32_ps(v); }
+  static uint32_t mask_ge(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static Vi round(Vf v) { return _mm512_cvtps_epi32(v); }
   static Vi bits(Vf v) { return _mm512_castps_si512(v); }
   static Vf from_bits(Vi v) { return _mm512_castsi512_ps(v); }
@@ -65,25 +68,42 @@ struct Isa {
   static void store_s8(int8_t* p, Vi v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
   // vpdpbusd multiplies u8 by s8 and adds four products to an s32 lane without saturation: codes and activations as they are.
-  using W = __m512i;
-  using X = __m512i;
-  static constexpr int kXBytesPerK = 1;
-  static W load_w8(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static X load_x(const char* p) {
-    int32_t word;
-    __builtin_memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
-  static Vi dot4(Vi acc, W w, X x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  template <int kBits>
+  struct Dot {
+    using W = __m512i;
+    using X = __m512i;
+    static constexpr int kXBytesPerK = 1;
+    static constexpr int kPartialSteps = 0;
+    static constexpr uint8_t kMask = (1 << kBits) - 1;
+    static W codes(const uint8_t* p, int j) {
+      const W w = _mm512_loadu_si512(p);
+      if constexpr (kBits == 8) return w;
+      return _mm512_and_si512(_mm512_srli_epi32(w, static_cast<unsigned>(kBits * j)), _mm512_set1_epi8(kMask));
+    }
+    static W masked(const uint8_t* p, int j) {
+      return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(kMask << kBits * j)));
+    }
+    static X load_x(const char* p) {
+      int32_t word;
+      __builtin_memcpy(&word, p, 4);
+      return _mm512_set1_epi32(word);
+    }
+    static Vi dot4(Vi acc, W w, X x) { return _mm512_dpbusd_epi32(acc, w, x); }
+    static Vi widen(Vi acc) { return acc; }
+  };
 
-  static Vi popcount(Vi a) {
-    // the bits of each half byte from a table, bytes to words with a product by one
-    const Vi table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-    const Vi low = _mm512_set1_epi8(15);
-    const Vi bytes = _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(a, low)),
-                                     _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(a, 4), low)));
-    return _mm512_dpbusd_epi32(zero_i(), bytes, _mm512_set1_epi8(1));
-  }
+  // The bits of each half byte from a table, bytes to words with a product by one.
+  struct Popcount {
+    static constexpr int kPartialSteps = 0;
+    static Vi add(Vi acc, Vi a) {
+      const Vi table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+      const Vi low = _mm512_set1_epi8(15);
+      const Vi bytes = _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(a, low)),
+                                       _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(a, 4), low)));
+      return _mm512_dpbusd_epi32(acc, bytes, _mm512_set1_epi8(1));
+    }
+    static Vi widen(Vi acc) { return acc; }
+  };
   static void opaque(Vi& v) { __asm__ volatile("" : "+v"(v)); }
   static void opaque(Vf& v) { __asm__ volatile("" : "+v"(v)); }
 
@@ -92,10 +112,18 @@ struct Isa {
   static constexpr int kMaxRows = 8;
   static constexpr int max_tiles(int rows) { return rows <= 4 ? 4 : 3; }
   static constexpr int acc_sets(int rows) { return rows <= 2 ? 2 : 1; }
+  static constexpr int kInPlaceRows = 1;
+  // Groups: as many float sums again. 6 x 2 of each, 2 words or scales, a broadcast.
+  static constexpr int kGroupedMaxRows = 6;
+  static constexpr int grouped_tiles(int rows) { return rows <= 2 ? 4 : 2; }
   // Float GEMM: 12 x 2 accumulators, 2 weights, a broadcast.
   static constexpr int kFloatMaxRows = 12;
   static constexpr int kFloatTiles = 2;
 };
+
+#ifndef TERSOR_ISA_EXTENDED  // by a header that builds on this one
+using Isa = Avx512Vnni;
+#endif
 
 }  // namespace
 }  // namespace tersor::TERSOR_ISA

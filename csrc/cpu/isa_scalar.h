@@ -8,6 +8,8 @@ namespace tersor::TERSOR_ISA {
 namespace {
 
 struct Isa {
+  // Whether the variant fills every entry of the table, or only those that gain by what it has beyond the next one.
+  static constexpr bool kAllKernels = true;
   static constexpr int kLanes = 4;
   struct Vi {
     int32_t v[kLanes];
@@ -56,10 +58,6 @@ struct Isa {
   static Vi xor_i(Vi a, Vi b) {
     return each_i([&](int i) { return a.v[i] ^ b.v[i]; });
   }
-  // Set bits of each lane.
-  static Vi popcount(Vi a) {
-    return each_i([&](int i) { return __builtin_popcount(u(a.v[i])); });
-  }
   // a > b ? yes : no, lane by lane, signed.
   static Vi select_gt(Vi a, Vi b, Vi yes, Vi no) {
     return each_i([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });
@@ -75,6 +73,9 @@ struct Isa {
   template <int kBits>
   static Vi sar(Vi a) {
     return each_i([&](int i) { return a.v[i] >> kBits; });
+  }
+  static Vi sar_by(Vi a, int bits) {
+    return each_i([&](int i) { return a.v[i] >> bits; });
   }
   static int32_t reduce_add(Vi a) { return static_cast<int32_t>(u(a.v[0]) + u(a.v[1]) + u(a.v[2]) + u(a.v[3])); }
   static int32_t reduce_max(Vi a) {
@@ -119,6 +120,12 @@ struct Isa {
   static Vf to_f32(Vi a) {
     return each_f([&](int i) { return static_cast<float>(a.v[i]); });
   }
+  // Bit i: a >= b in lane i; 0 where either is NaN.
+  static uint32_t mask_ge(Vf a, Vf b) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
+    return mask;
+  }
   // Nearest integer, ties to even, for |v| < 2^22; anything for other values. Adding 1.5 * 2^23 leaves the integer in the low bits.
   static Vi round(Vf a) { return sub_i(bits(add(a, set1(12582912.0f))), bits(set1(12582912.0f))); }
   static Vi bits(Vf a) {
@@ -151,22 +158,43 @@ struct Isa {
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(v.v[i]);
   }
 
-  // The dot product: kLanes words of four 8-bit codes, one word of four s8 broadcast, four products added to each lane.
-  using W = Vi;
-  struct X {
-    int32_t k[4];
+  // The dot product: kLanes words of four codes, one word of four s8 broadcast, four products added to each lane.
+  //   codes(p, j)   step j of the words at p: (word >> bits * j) & mask, byte by byte
+  //   masked(p, j)  the same without the shift (only where kInPlaceRows > 0)
+  //   kPartialSteps sums hold so many dot4 before widen() must turn them into 32-bit ones; 0: they are
+  template <int kBits>
+  struct Dot {
+    using W = Vi;
+    struct X {
+      int32_t k[4];
+    };
+    static constexpr int kXBytesPerK = 1;  // bytes a row element takes in the form load_x reads; 1: the s8 row itself
+    static constexpr int kPartialSteps = 0;
+    static W codes(const uint8_t* p, int j) {
+      constexpr uint32_t kMask = 0x01010101u * ((1u << kBits) - 1);
+      const Vi words = load_i(p);
+      return each_i([&](int i) { return u(words.v[i]) >> (kBits * j) & kMask; });
+    }
+    static X load_x(const char* p) { return {{s8(p[0]), s8(p[1]), s8(p[2]), s8(p[3])}}; }
+    static Vi dot4(Vi acc, W w, const X& x) {
+      return each_i([&](int i) {
+        const uint32_t c = u(w.v[i]);
+        const int32_t sum = static_cast<int32_t>(c & 255) * x.k[0] + static_cast<int32_t>(c >> 8 & 255) * x.k[1] +
+                            static_cast<int32_t>(c >> 16 & 255) * x.k[2] + static_cast<int32_t>(c >> 24) * x.k[3];
+        return u(acc.v[i]) + u(sum);
+      });
+    }
+    static Vi widen(Vi acc) { return acc; }
   };
-  static constexpr int kXBytesPerK = 1;  // bytes a row element takes in the form load_x reads; 1: the s8 row itself
-  static W load_w8(const uint8_t* p) { return load_i(p); }
-  static X load_x(const char* p) { return {{s8(p[0]), s8(p[1]), s8(p[2]), s8(p[3])}}; }
-  static Vi dot4(Vi acc, W w, const X& x) {
-    return each_i([&](int i) {
-      const uint32_t c = u(w.v[i]);
-      const int32_t sum = static_cast<int32_t>(c & 255) * x.k[0] + static_cast<int32_t>(c >> 8 & 255) * x.k[1] +
-                          static_cast<int32_t>(c >> 16 & 255) * x.k[2] + static_cast<int32_t>(c >> 24) * x.k[3];
-      return u(acc.v[i]) + u(sum);
-    });
-  }
+
+  // Adds the set bits of each lane of a. kPartialSteps, widen: as in Dot.
+  struct Popcount {
+    static constexpr int kPartialSteps = 0;
+    static Vi add(Vi acc, Vi a) {
+      return each_i([&](int i) { return acc.v[i] + __builtin_popcount(u(a.v[i])); });
+    }
+    static Vi widen(Vi acc) { return acc; }
+  };
 
   // Hides a value from the optimiser; for loops that measure (limits.inl).
   template <typename T>
@@ -178,6 +206,9 @@ struct Isa {
   static constexpr int kMaxRows = 2;
   static constexpr int max_tiles(int) { return 1; }
   static constexpr int acc_sets(int) { return 1; }
+  static constexpr int kInPlaceRows = 0;  // up to so many rows codes of few bits are not shifted, see products.h
+  static constexpr int kGroupedMaxRows = 2;
+  static constexpr int grouped_tiles(int) { return 1; }
   static constexpr int kFloatMaxRows = 2;
   static constexpr int kFloatTiles = 1;
 

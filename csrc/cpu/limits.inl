@@ -27,18 +27,19 @@ void consume(const Vi (&sums)[kCount]) {
 }
 
 int64_t limit_int8(int64_t iterations) {
+  using D = Isa::Dot<8>;
   alignas(64) uint8_t codes[sizeof(Vi)] = {};
-  char row[kXStepBytes] = {};
+  char row[Codes<8>::kXWordBytes] = {};
   Vi sums[kLimitSums];
   start(sums);
-  Isa::W w = Isa::load_w8(codes);
-  Isa::X x = Isa::load_x(row);
+  D::W w = D::codes(codes, 0);
+  D::X x = D::load_x(row);
   Isa::opaque(w);  // or it would be known to be zero
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
     for (int s = 0; s < kLimitSums; ++s) {
       Isa::opaque(x);  // each sum has a product of its own, which cannot leave the loop
-      sums[s] = Isa::dot4(sums[s], w, x);
+      sums[s] = D::dot4(sums[s], w, x);
     }
   }
   consume(sums);
@@ -72,7 +73,7 @@ int64_t limit_popcount(int64_t iterations) {
 #pragma GCC unroll 32
     for (int s = 0; s < kLimitSums; ++s) {
       Isa::opaque(x);
-      sums[s] = Isa::add_i(sums[s], Isa::popcount(Isa::xor_i(w, x)));
+      sums[s] = Isa::Popcount::add(sums[s], Isa::xor_i(w, x));
     }
   }
   consume(sums);

@@ -6,6 +6,7 @@
 #include "epilogue.h"
 // clang-format off: each builds on the one above
 #include "quantize_x.inl"
+#include "binarize_x.inl"
 #include "gemm_int.inl"
 #include "gemm_float.inl"
 #include "limits.inl"
@@ -13,14 +14,20 @@
 
 namespace tersor::TERSOR_ISA {
 
+// A kernel, or null in a variant that leaves it to the next one.
+template <typename Run>
+constexpr Run maybe(Run run) {
+  return Isa::kAllKernels ? run : nullptr;
+}
+
 extern const KernelTable table;
 const KernelTable table = {
-    TERSOR_ISA_NAME,
-    0,
-    {quantize_x},
-    {widen_x},
-    {gemm_w8, Isa::kXBytesPerK > 1 ? Isa::kXBytesPerK : 0},
-    {gemm_f32_w8, kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
+    TERSOR_ISA_NAME,     0,
+    {maybe(quantize_x)}, {maybe(widen_x)},
+    {maybe(binarize_x)}, {maybe(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
+    {maybe(gemm_w4), 0}, {maybe(gemm_w2), 0},
+    {maybe(gemm_w1), 0}, {maybe(gemm_w4_grouped), 0},
+    {gemm_xnor, 0},      {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
     {run_limit},
 };
 

@@ -15,10 +15,14 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _PUBLIC = {
+    "Binary": "formats",
+    "BinaryXnor": "formats",
+    "Int4": "formats",
     "Int8Dynamic": "formats",
     "Int8Static": "formats",
     "Int8WeightOnly": "formats",
     "QuantLinear": "nn",
+    "Ternary": "formats",
     "dequantize_": "swap",
     "info": "information",
     "load_": "checkpoint",
@@ -34,7 +38,7 @@ __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 if TYPE_CHECKING:
     from . import formats, nn, numpy, ops, parallel
     from .checkpoint import load_, save
-    from .formats import Int8Dynamic, Int8Static, Int8WeightOnly
+    from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, Ternary
     from .information import info
     from .nn import QuantLinear
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights

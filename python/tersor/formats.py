@@ -16,18 +16,28 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.tiles import MAX_K, TILE_N, packed_shape
+from .ops.checks import GROUP_UNIT
+from .ops.tiles import CODES, MAX_K, TILE_N, ceil_div, packed_shape
+from .weights import grouped, least_squares_steps, mean_abs, mean_abs_of_all, nearest, row_blocks, without_tiny
 
 LAYOUT_VERSION = 1  # of the tiles and of the tag; a newer version of the package reads every older one
 
 
 class TensorSpec(NamedTuple):
-    """One stored tensor. Bulk integer data are frozen parameters (sharded, not resent); small float data are buffers."""
+    """One stored tensor. Bulk integer data are frozen parameters (sharded, not resent); small float data are buffers.
+
+    channels  output channels that one entry of dim 0 holds (1, or the 16 of a tile); 0: the tensor does not follow N
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     parameter: bool
+    channels: int
+
+    def part(self, whole: Tensor, begin: int, end: int) -> Tensor:
+        """The part of `whole` that belongs to the output channels [begin, end), begin at the start of an n tile."""
+        return whole[begin // self.channels : ceil_div(end, self.channels)] if self.channels else whole
 
 
 Stored = Mapping[str, Any]  # a module's _parameters or _buffers
@@ -38,7 +48,8 @@ class Format:
     """Base of all formats. Subclasses add fields and name the op that computes them."""
 
     tag: ClassVar[str]  # name in files and on the command line
-    op: ClassVar[ops.Op]
+    op: ClassVar[ops.Op]  # what computes it
+    bits: ClassVar[int]  # of a code
 
     def __init_subclass__(cls) -> None:
         # dataclass leaves a __repr__ it finds alone. Its own guards against recursion by thread id, which torch.compile cannot
@@ -53,8 +64,28 @@ class Format:
         """The stored tensors of an [N, K] layer, bias apart."""
         raise NotImplementedError
 
-    def quantize(self, rows: Tensor) -> dict[str, Tensor]:
-        """Float rows [n, K] of the weight, n a multiple of 16 or the last rows -> their slice of each stored tensor."""
+    @property
+    def scales_need_all_rows(self) -> bool:
+        """Whether a scale depends on more than the rows it belongs to: all are then found before the first row is quantised."""
+        return False
+
+    def scales(self, weight: Tensor) -> dict[str, Tensor]:
+        """Float weight [N, K] -> its scales, exactly as they are stored. Read in row blocks."""
+        raise NotImplementedError
+
+    def steps(self, scales: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        """What code 1 stands for, by the stored scales: float32 [N, 1], or [N, G] where groups of k have scales of their own."""
+        raise NotImplementedError
+
+    def codes(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """Float rows [n, K] -> the signed int8 values that are stored, chosen with their `steps` [n, 1] or [n, G]."""
+        raise NotImplementedError
+
+    def quantize(self, rows: Tensor, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Float rows [n, K] of the weight, n a multiple of 16 or the last rows -> their slice of each stored tensor.
+
+        scales  the rows' slice of what scales() gave for the whole weight; None: from these rows
+        """
         raise NotImplementedError
 
     def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
@@ -62,7 +93,8 @@ class Format:
         raise NotImplementedError
 
     def constants(self) -> dict[str, Tensor]:
-        """Stored tensors that do not follow from the weight; raises ValueError where the format still lacks what they hold."""
+        """Stored tensors that do not follow from the weight, broadcast to their shapes; raises ValueError where the format still
+        lacks what they hold."""
         return {}
 
     def stored(self) -> Format:
@@ -88,24 +120,57 @@ def _tag_fields(cls: type[Format]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Int8(Format):
-    """8-bit tiles, one scale per output channel, symmetric: w = (code - 128) * weight_scale."""
+class _Tiles(Format):
+    """Tiles of codes and one scale per output channel: w = value * weight_scale."""
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
         return (
-            TensorSpec("weight_packed", torch.uint8, packed_shape(n, k), True),
-            TensorSpec("weight_scale", torch.float32, (n,), False),
+            TensorSpec("weight_packed", torch.uint8, packed_shape(n, k, self.bits), True, TILE_N),
+            TensorSpec("weight_scale", torch.float32, (n,), False, 1),
         )
 
-    def quantize(self, rows: Tensor) -> dict[str, Tensor]:
-        q, scale, _ = ops.quantize_rows(rows)  # the formula of the activations, per channel
+    def steps(self, scales: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        return scales["weight_scale"].unsqueeze(1)
+
+    def scales(self, weight: Tensor) -> dict[str, Tensor]:
+        blocks = [self._scales_of(weight[begin:end]) for begin, end in row_blocks(*weight.shape)] or [self._scales_of(weight)]
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+    def _scales_of(self, rows: Tensor) -> dict[str, Tensor]:
+        """scales() of some rows, n a multiple of 16 or the last ones."""
+        raise NotImplementedError
+
+    def quantize(self, rows: Tensor, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        known = self._scales_of(rows) if scales is None else dict(scales)
+        return {"weight_packed": ops.from_rows(self.codes(rows, self.steps(known, *rows.shape)), self.bits), **known}
+
+    def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        steps = self.steps(stored, n, k)
+        values = ops.to_rows(stored["weight_packed"], n, k, self.bits)
+        return (grouped(values, steps.shape[1]) * steps.unsqueeze(-1)).reshape(n, k)
+
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        return self.op(x, parameters["weight_packed"], buffers["weight_scale"], bias, "none", self.bits)
+
+
+@dataclass(frozen=True)
+class _Int8(_Tiles):
+    """8-bit tiles, one scale per output channel, symmetric: w = (code - 128) * weight_scale."""
+
+    bits: ClassVar[int] = 8
+
+    def _scales_of(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"weight_scale": ops.quantize_rows(rows)[1]}
+
+    def codes(self, rows: Tensor, steps: Tensor) -> Tensor:
+        return ops.quantize_rows(rows)[0]  # the formula of the activations: of a row's absmax, from which the step follows too
+
+    def quantize(self, rows: Tensor, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        q, scale, _ = ops.quantize_rows(rows)
         return {"weight_packed": ops.from_rows(q), "weight_scale": scale}
 
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
         return self.op(x, parameters["weight_packed"], buffers["weight_scale"], bias)
-
-    def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
-        return ops.to_rows(stored["weight_packed"], n, k).float() * stored["weight_scale"].unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -134,7 +199,7 @@ class Int8Static(_Int8):
             raise ValueError(f"Int8Static: input_scale is {s!r}, expected a positive number (largest |x| / 127)")
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
-        return (*super().tensors(n, k), TensorSpec("input_scale", torch.float32, (), False))
+        return (*super().tensors(n, k), TensorSpec("input_scale", torch.float32, (), False, 0))
 
     def constants(self) -> dict[str, Tensor]:
         if self.input_scale is None:
@@ -159,10 +224,153 @@ class Int8WeightOnly(_Int8):
     op: ClassVar[ops.Op] = ops.linear_weight_only
 
 
-FORMATS: dict[str, type[Format]] = {cls.tag: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly)}
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Int4(_Tiles):
+    """Int4 weights, symmetric (-8..7), int8 activations quantised per token at run time, exact int32 sums.
+
+    group_size  None: one scale per output channel; 128, 64 or 32: one for each group of so many k, float16 times the channel's
+
+    A step is chosen among absmax / 7 * (1, 15/16 ... 8/16): the one with the least squared error of the weights.
+    """
+
+    tag: ClassVar[str] = "int4"
+    op: ClassVar[ops.Op] = ops.linear_dynamic
+    bits: ClassVar[int] = 4
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.group_size
+        if size is not None and (type(size) is not int or size not in GROUP_SIZES):
+            raise ValueError(f"Int4: group_size is {size!r}, expected None or one of: {', '.join(map(str, GROUP_SIZES))}")
+        if size is not None:
+            object.__setattr__(self, "op", ops.linear_grouped)
+
+    def check_sizes(self, n: int, k: int) -> None:
+        super().check_sizes(n, k)
+        if self.group_size is not None and k % self.group_size:
+            fit = ", ".join(str(size) for size in GROUP_SIZES if k % size == 0)
+            raise ValueError(
+                f"{self!r}: group_size {self.group_size} must divide in_features={k}; "
+                + (f"those that do: {fit}" if fit else f"no group size does, use Int4() (all are multiples of {GROUP_UNIT})")
+            )
+
+    def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        if self.group_size is None:
+            return super().tensors(n, k)
+        shape = (ceil_div(n, TILE_N), k // self.group_size, 2 * TILE_N)
+        return (*super().tensors(n, k), TensorSpec("group_scale", torch.uint8, shape, True, TILE_N))
+
+    def steps(self, scales: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        steps = super().steps(scales, n, k)
+        return steps if self.group_size is None else steps * ops.group_scales(scales["group_scale"], n)
+
+    def _scales_of(self, rows: Tensor) -> dict[str, Tensor]:
+        if self.group_size is None:
+            return {"weight_scale": least_squares_steps(rows, 1).squeeze(1)}
+        steps = least_squares_steps(rows, rows.shape[1] // self.group_size)
+        largest = steps.amax(1) if steps.shape[1] else steps.new_zeros(steps.shape[0])
+        relative = steps / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
+        return {"weight_scale": largest, "group_scale": ops.group_scale_bytes(relative)}
+
+    def codes(self, rows: Tensor, steps: Tensor) -> Tensor:
+        *_, lowest, highest = CODES[self.bits]
+        values = nearest(grouped(rows, steps.shape[1]), without_tiny(steps).unsqueeze(-1), lowest, highest)
+        return values.to(torch.int8).reshape(rows.shape)
+
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        tiles, scale = parameters["weight_packed"], buffers["weight_scale"]
+        if self.group_size is None:
+            return ops.linear_dynamic(x, tiles, scale, bias, "none", 4)
+        return ops.linear_grouped(x, tiles, scale, parameters["group_scale"], bias)
+
+
+@dataclass(frozen=True)
+class Ternary(_Tiles):
+    """Weights -1, 0, 1 times a scale, the mean of abs(w); int8 activations per token. For weights trained for it (BitNet b1.58).
+
+    granularity  "channel": a scale for each output channel; "tensor": one for the whole weight, as BitNet has it
+
+    Source: Ma et al., arXiv:2402.17764.
+    """
+
+    tag: ClassVar[str] = "ternary"
+    op: ClassVar[ops.Op] = ops.linear_dynamic
+    bits: ClassVar[int] = 2
+    granularity: str = "channel"
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("channel", "tensor"):
+            raise ValueError(f"Ternary: granularity is {self.granularity!r}, expected 'channel' or 'tensor'")
+
+    @property
+    def scales_need_all_rows(self) -> bool:
+        return self.granularity == "tensor"
+
+    def scales(self, weight: Tensor) -> dict[str, Tensor]:
+        if not self.scales_need_all_rows:
+            return super().scales(weight)
+        return {"weight_scale": mean_abs_of_all(weight).repeat(weight.shape[0])}
+
+    def _scales_of(self, rows: Tensor) -> dict[str, Tensor]:
+        return self.scales(rows) if self.scales_need_all_rows else {"weight_scale": mean_abs(rows)}
+
+    def codes(self, rows: Tensor, steps: Tensor) -> Tensor:
+        return nearest(rows.float(), without_tiny(steps), -1, 1).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class Binary(_Tiles):
+    """Weights -1 and 1 (0 counts as positive) times the mean of abs(w) per output channel; int8 activations per token. For weights
+    trained for it. Source: Rastegari et al., arXiv:1603.05279."""
+
+    tag: ClassVar[str] = "binary"
+    op: ClassVar[ops.Op] = ops.linear_dynamic
+    bits: ClassVar[int] = 1
+
+    def _scales_of(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"weight_scale": mean_abs(rows)}
+
+    def codes(self, rows: Tensor, steps: Tensor) -> Tensor:
+        return (rows >= 0).to(torch.int8) * 2 - 1
+
+
+@dataclass(frozen=True)
+class BinaryXnor(Binary):
+    """Weights as in Binary, activations binary too: the sign of x - threshold times the mean of abs(x - threshold) over the row.
+
+    The threshold of each input feature is the layer's buffer `threshold`, float32 [K]: zeros at a conversion, and may be set later.
+    For models trained for it. Sources: Rastegari et al., arXiv:1603.05279 (XNOR-Net); Liu et al., arXiv:2003.03488 (thresholds).
+    """
+
+    tag: ClassVar[str] = "binary-xnor"
+    op: ClassVar[ops.Op] = ops.linear_xnor
+
+    def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return (*super().tensors(n, k), TensorSpec("threshold", torch.float32, (k,), False, 0))
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"threshold": torch.zeros((), device="cpu")}
+
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        return self.op(x, parameters["weight_packed"], buffers["weight_scale"], buffers["threshold"], bias)
+
+
+FORMATS: dict[str, type[Format]] = {
+    cls.tag: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, Int4, Ternary, Binary, BinaryXnor)
+}
 
 # quantize_weights(num_bits, activations) -> format
-BY_BITS: dict[tuple[int, str | None], type[Format]] = {(8, "int8"): Int8Dynamic, (8, None): Int8WeightOnly}
+BY_BITS: dict[tuple[int, str | None], type[Format]] = {
+    (8, "int8"): Int8Dynamic,
+    (8, None): Int8WeightOnly,
+    (4, "int8"): Int4,
+    (2, "int8"): Ternary,
+    (1, "int8"): Binary,
+    (1, "binary"): BinaryXnor,
+}
 
 
 def format_from_dict(data: Any) -> Format:
@@ -239,14 +447,3 @@ def _describe(value: Any) -> str:
         return "a nested tensor" if isinstance(value, Tensor) else type(value).__name__
     kind = "" if value.layout is torch.strided else f"{value.layout} "
     return f"{kind}{value.dtype} {list(value.shape)}{' on meta' if value.is_meta else ''}"
-
-
-# Rows of the weight quantised at a time: below this many elements, 1 MiB of float32. Larger ones are no faster, and those of
-# 16 MiB left 50 MiB behind in the heap (tests/memory_worker.py).
-_BLOCK_ELEMENTS = 1 << 18
-
-
-def row_blocks(n: int, k: int) -> list[tuple[int, int]]:
-    """[begin, end) of blocks of whole n tiles."""
-    step = max(TILE_N, _BLOCK_ELEMENTS // max(k, 1) // TILE_N * TILE_N)
-    return [(begin, min(n, begin + step)) for begin in range(0, n, step)]

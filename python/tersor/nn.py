@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import native
-from .formats import Format, Int8Dynamic, Tag, decode_tag, encode_tag, row_blocks
-from .ops.tiles import TILE_N
+from .formats import Format, Int8Dynamic, Tag, TensorSpec, decode_tag, encode_tag
+from .weights import row_blocks
 
 _NO_WEIGHT = (
     "QuantLinear: weight is packed, a float weight cannot be set or tied; call dequantize() first "
@@ -79,15 +79,16 @@ class QuantLinear(nn.Module):
                 if spec.name in constants:
                     stored[spec.name].copy_(constants[spec.name])
             if has_values(weight):
+                scales = layer.format.scales(weight) if layer.format.scales_need_all_rows else None
                 for begin, end in row_blocks(n, k):
                     rows = weight[begin:end]
                     if not torch.isfinite(rows).all():
                         raise ValueError(f"QuantLinear: weight holds NaN or inf in rows {begin} to {end - 1}")
-                    for name, part in layer.format.quantize(rows).items():
-                        whole = stored[name]
-                        # dim 0 counts channels or n tiles of 16 channels
-                        at = begin if whole.shape[0] == n else begin // TILE_N
-                        whole[at : at + part.shape[0]].copy_(part)
+                    known = scales and {s.name: s.part(scales[s.name], begin, end) for s in layer.specs() if s.name in scales}
+                    parts = layer.format.quantize(rows, known)
+                    for spec in layer.specs():
+                        if spec.name in parts:
+                            spec.part(stored[spec.name], begin, end).copy_(parts[spec.name])
             for name, value in stored.items():
                 if name in layer._parameters:
                     layer._parameters[name] = nn.Parameter(value, requires_grad=False)
@@ -97,7 +98,7 @@ class QuantLinear(nn.Module):
         layer.train(linear.training)
         return layer
 
-    def specs(self) -> tuple[Any, ...]:
+    def specs(self) -> tuple[TensorSpec, ...]:
         """The TensorSpec of each stored tensor, bias apart."""
         return self.format.tensors(self.out_features, self.in_features)
 
@@ -110,15 +111,8 @@ class QuantLinear(nn.Module):
             weight = torch.empty((n, k), dtype=self._compute_dtype, device=device)
             if not weight.is_meta:
                 for begin, end in row_blocks(n, k):
-                    part = {}
-                    for spec in self.specs():
-                        whole = getattr(self, spec.name)
-                        if spec.shape:
-                            per_channel = spec.shape[0] == n
-                            first, last = (begin, end) if per_channel else (begin // TILE_N, -(-end // TILE_N))
-                            whole = whole[first:last]
-                        part[spec.name] = whole
-                    weight[begin:end] = self.format.dequantize(part, end - begin, k)
+                    parts = {spec.name: spec.part(getattr(self, spec.name), begin, end) for spec in self.specs()}
+                    weight[begin:end] = self.format.dequantize(parts, end - begin, k)
             linear.weight = nn.Parameter(weight)
         linear.bias = self.bias  # type: ignore[assignment]
         linear.train(self.training)
@@ -143,7 +137,7 @@ class QuantLinear(nn.Module):
         x = input  # nn.Linear's name for it: some models call layers with keywords
         if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return self._record(x)
-        # The tiles alone cannot tell K from the next multiple of 4.
+        # The tiles alone cannot tell K from the next multiple of a tile's.
         try:
             shape = x.shape
         except AttributeError:

@@ -17,8 +17,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .adapters import guard_merges, in_adapter, reads_base_weight
 from .choice import Choice, row_counts
-from .formats import BY_BITS, Format, Int8Dynamic, row_blocks
+from .formats import BY_BITS, Format, Int8Dynamic
 from .nn import QuantLinear, has_values
+from .weights import row_blocks
 
 logger = logging.getLogger("tersor")
 T = TypeVar("T")
@@ -157,7 +158,8 @@ def quantize_dynamic(
 def quantize_weights(net: nn.Module, num_bits: int = 8, activations: str | None = "int8") -> nn.Module:
     """quantize_ by the number of bits of a weight, in place.
 
-    num_bits 8 with activations "int8" (Int8Dynamic) or None (Int8WeightOnly); any other pair is a ValueError that lists them.
+    num_bits 8 with activations "int8" (Int8Dynamic) or None (Int8WeightOnly); 4 (Int4), 2 (Ternary) and 1 (Binary) with "int8";
+    1 with "binary" (BinaryXnor). Any other pair is a ValueError that lists them.
     """
     pair = (num_bits, activations)
     if type(num_bits) is not int or pair not in BY_BITS:

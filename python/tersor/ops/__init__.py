@@ -8,35 +8,49 @@ from .differentiable import (
     input_grad,
     input_grad_differentiable,
     linear_dynamic_differentiable,
+    linear_grouped_differentiable,
+    linear_static_differentiable,
     linear_weight_only_differentiable,
+    linear_xnor_differentiable,
 )
 from .epilogues import EPILOGUES
 from .int_matmul import int_matmul
+from .linear_grouped import group_scale_bytes, group_scales, linear_grouped
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
 from .linear_weight_only import linear_weight_only
 from .quantize_rows import quantize_rows, quantize_static
-from .tiles import from_rows, pack, to_rows, unpack
+from .tiles import CODES, from_rows, pack, packed_shape, to_rows, unpack
+from .xnor import binarize_rows, linear_xnor
 
 NATIVE = native.load_torch_ops()
 
 __all__ = [
+    "CODES",
     "EPILOGUES",
     "NATIVE",
     "OPS",
     "Op",
+    "binarize_rows",
     "from_rows",
+    "group_scale_bytes",
+    "group_scales",
     "input_grad",
     "input_grad_differentiable",
     "int_matmul",
     "linear_acc",
     "linear_dynamic",
     "linear_dynamic_differentiable",
+    "linear_grouped",
+    "linear_grouped_differentiable",
     "linear_s8",
     "linear_static",
     "linear_static_differentiable",
     "linear_weight_only",
     "linear_weight_only_differentiable",
+    "linear_xnor",
+    "linear_xnor_differentiable",
     "pack",
+    "packed_shape",
     "quantize_rows",
     "quantize_static",
     "to_rows",

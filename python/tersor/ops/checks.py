@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .epilogues import check_epilogue
-from .tiles import MAX_K, check_tiles
+from .tiles import MAX_K, TILE_N, ceil_div, check_bits, check_tiles
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,20 +54,26 @@ def check_device(function: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{function}: {name} is on {t.device}, x on {x.device}; move the module or x so that they meet")
 
 
-def check_weights(function: str, k: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str) -> int:
-    """The stored tensors of an int8 layer must fit each other and K; returns N."""
+def check_weights(
+    function: str, k: int, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str, bits: int = 8
+) -> int:
+    """The stored tensors of a layer must fit each other and K; returns N."""
+    check_bits(function, bits)
     check_tensors(function, weight_packed=weight_packed, weight_scale=weight_scale)
     if bias is not None:
         check_tensors(function, bias=bias)
     if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
         raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
     n = weight_scale.shape[0]
-    if weight_packed.dim() == 3 and k > 0 and weight_packed.shape[1] != (k + 3) // 4:
+    tile_k = 32 // bits
+    if weight_packed.dim() == 3 and k > 0 and weight_packed.shape[1] != ceil_div(k, tile_k):
+        most = weight_packed.shape[1] * tile_k
+        width = "" if bits == 8 else f" at bits={bits}"
         raise ValueError(
             f"{function}: x has K={k}, but weight_packed {list(weight_packed.shape)} holds K in "
-            f"[{weight_packed.shape[1] * 4 - 3}, {weight_packed.shape[1] * 4}]"
+            f"[{most - tile_k + 1}, {most}]{width}"
         )
-    check_tiles(function, weight_packed, n, k)
+    check_tiles(function, weight_packed, n, k, bits)
     if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (n,)):
         raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
     check_epilogue(function, epilogue)
@@ -81,15 +87,42 @@ def check_linear(
     weight_scale: Tensor,
     bias: Tensor | None,
     epilogue: str,
+    bits: int = 8,
     **others: Tensor | None,
 ) -> Tensor:
     """The shape rule of a layer on float x [..., K]: empty [..., N] in the dtype of x. `others` must be on the device of x too."""
     k = check_x(function, x)
     check_device(function, x, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias, **others)
-    n = check_weights(function, k, weight_packed, weight_scale, bias, epilogue)
+    n = check_weights(function, k, weight_packed, weight_scale, bias, epilogue, bits)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def check_per_row(function: str, name: str, t: Tensor, dtype: torch.dtype, lead: torch.Size) -> None:
     if t.dtype != dtype or t.shape != lead:
         raise ValueError(f"{function}: {name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(lead)}, one for each row")
+
+
+GROUP_UNIT = 32  # the sizes of scale groups are multiples of it: the quantiser of the activations sums 32 k at a time
+
+
+def check_group_scale(function: str, group_scale: Tensor, n: int, k: int) -> int:
+    """Scales of groups of k: bytes of float16 [ceil(N/16), G, 16]; returns the size of a group, K / G."""
+    check_tensors(function, group_scale=group_scale)
+    nt = ceil_div(n, TILE_N)
+    if group_scale.dtype != torch.uint8 or group_scale.dim() != 3 or group_scale.shape[0] != nt or group_scale.shape[2] != 32:
+        raise ValueError(
+            f"{function}: group_scale is {group_scale.dtype} {list(group_scale.shape)}, expected "
+            f"torch.uint8 [{nt}, G, 32], the bytes of float16 [{nt}, G, 16]"
+        )
+    groups = group_scale.shape[1]
+    if k == groups == 0:
+        return GROUP_UNIT
+    if groups == 0 or k % (GROUP_UNIT * groups) or k == 0:
+        units = k // GROUP_UNIT
+        fit = [] if k % GROUP_UNIT else [str(g) for g in range(1, units + 1) if units % g == 0]
+        named = ", ".join(fit[:12]) + (", ..." if len(fit) > 12 else "")
+        raise ValueError(
+            f"{function}: group_scale is {list(group_scale.shape)}, {groups} groups of K={k}; K / G must be a multiple "
+            f"of {GROUP_UNIT}, G that fit: {named or 'none'}"
+        )
+    return k // groups

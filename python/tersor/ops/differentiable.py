@@ -2,7 +2,8 @@
 which calling an op takes by itself where a gradient is needed.
 
 The backward of a quantised layer is the straight-through one (Bengio et al., arXiv:1308.3432): activations count as unquantised,
-so grad_x = grad_y W with the stored weights; packed weights are frozen and get no gradient.
+so grad_x = grad_y W with the stored weights; packed weights are frozen and get no gradient. Binary activations are passed within 1
+of their threshold, times the scale of the row.
 """
 
 from __future__ import annotations
@@ -14,40 +15,73 @@ import torch
 from torch import Tensor
 
 from ._register import TWIN, Op, library, op
-from .checks import FLOATS, as_rows, check_device, check_tensors, check_weights
+from .checks import FLOATS, as_rows, check_device, check_group_scale, check_tensors, check_weights
 from .epilogues import EPILOGUES
+from .linear_grouped import BITS as GROUPED_BITS
+from .linear_grouped import group_scales, linear_grouped
 from .linear_int8 import linear_dynamic, linear_static
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
 from .tiles import MAX_K, TILE_N, to_rows
 from .transforms import register_autograd, route_to_twin
+from .xnor import binarize_rows, linear_xnor
 
 
-def _check_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
+def _check_input_grad(
+    grad: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    in_features: int,
+    group_scale: Tensor | None = None,
+    bits: int = 8,
+) -> Tensor:
     check_tensors("input_grad", grad=grad)
     if not 0 <= in_features <= MAX_K:
         raise ValueError(f"input_grad: in_features is {in_features}, expected 0 to {MAX_K}")
-    n = check_weights("input_grad", in_features, weight_packed, weight_scale, None, "none")
+    n = check_weights("input_grad", in_features, weight_packed, weight_scale, None, "none", bits)
+    if group_scale is not None:
+        check_group_scale("input_grad", group_scale, n, in_features)
     if grad.dtype not in FLOATS or grad.dim() == 0 or grad.shape[-1] != n:
         raise ValueError(f"input_grad: grad is {grad.dtype} {list(grad.shape)}, expected float [..., {n}]")
-    check_device("input_grad", grad, weight_packed=weight_packed, weight_scale=weight_scale)
+    check_device("input_grad", grad, weight_packed=weight_packed, weight_scale=weight_scale, group_scale=group_scale)
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-@op("(Tensor grad, Tensor weight_packed, Tensor weight_scale, int in_features) -> Tensor", check=_check_input_grad)
-def input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor, in_features: int) -> Tensor:
-    """Gradient of an int8 linear layer with respect to x: grad [..., N] times the stored weights [N, K] -> [..., K].
+@op(
+    "(Tensor grad, Tensor weight_packed, Tensor weight_scale, int in_features, Tensor? group_scale=None, int bits=8) -> Tensor",
+    check=_check_input_grad,
+)
+def input_grad(
+    grad: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    in_features: int,
+    group_scale: Tensor | None = None,
+    bits: int = 8,
+) -> Tensor:
+    """Gradient of a packed linear layer with respect to x: grad [..., N] times the stored weights [N, K] -> [..., K].
 
-    float32 sums, 256 channels of weights as float at a time; the result has the dtype of grad.
+    float32 sums, 256 channels of weights as float at a time; the result has the dtype of grad. group_scale as in
+    ops.linear_grouped, None where a channel has one scale.
     """
-    _check_input_grad(grad, weight_packed, weight_scale, in_features)
+    _check_input_grad(grad, weight_packed, weight_scale, in_features, group_scale, bits)
     n = weight_scale.shape[0]
     g = as_rows(grad).float() * weight_scale
     out = torch.zeros((g.shape[0], in_features), dtype=torch.float32, device=grad.device)
     with torch.autocast(grad.device.type, enabled=False):
         for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
             begin, end = t * TILE_N, min(n, (t + _BLOCK_TILES) * TILE_N)
-            out.addmm_(g[:, begin:end], to_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, in_features).float())
+            scales = None if group_scale is None else group_scale[t : t + _BLOCK_TILES]
+            out.addmm_(g[:, begin:end], relative_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, in_features, scales, bits))
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+
+
+def relative_rows(weight_packed: Tensor, n: int, k: int, group_scale: Tensor | None, bits: int) -> Tensor:
+    """The stored weights, float32 [N, K], before weight_scale."""
+    rows = to_rows(weight_packed, n, k, bits).float()
+    if group_scale is None or k == 0:
+        return rows
+    scales = group_scales(group_scale, n)
+    return (rows.reshape(n, scales.shape[1], k // scales.shape[1]) * scales.unsqueeze(-1)).reshape(n, k)
 
 
 def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable[..., Any], autocast: bool) -> Op:
@@ -65,46 +99,81 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
     return twin
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight_packed, weight_scale, bias, *rest = inputs
-    ctx.epilogue = rest.pop() if rest and isinstance(rest[-1], str) else "none"
-    # x itself (and what quantises it) is needed only to differentiate an activation; its shape is known from grad and K.
-    ctx.in_features = x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(weight_packed, weight_scale, *(() if ctx.epilogue == "none" else (x, bias, *rest)))
-
-
 def _make(raw: Op, doc: str) -> Op:
     """The twin of a linear layer, with gradients for x and bias."""
+    # x and the stored tensors come first, then the epilogue, then plain numbers
+    names = raw.arguments[: raw.arguments.index("epilogue")]
+    through_signs = "threshold" in names
+    bits = (
+        1 if through_signs else GROUPED_BITS if "group_scale" in names else 8
+    )  # of an op that has no such argument, and the default
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given = dict(zip(raw.arguments, inputs, strict=False))
+        ctx.epilogue, ctx.bits = given.get("epilogue", "none"), given.get("bits", bits)
+        ctx.in_features = given["x"].shape[-1]
+        ctx.bias_dtype = None if given["bias"] is None else given["bias"].dtype
+        # x itself (and what quantises it) is needed only to differentiate an activation or a sign; its shape follows from grad, K.
+        keep = names
+        if ctx.epilogue == "none":
+            keep = tuple(name for name in names if name in _FOR_INPUT_GRAD or (through_signs and name in ("x", "threshold")))
+        ctx.kept = keep
+        ctx.save_for_backward(*(given[name] for name in keep))
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight_packed, weight_scale, *rest = ctx.saved_tensors
+        kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
         if ctx.epilogue != "none":
             # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
-            x, *others = rest
-            before = raw(x, weight_packed, weight_scale, *others, "none").float()
+            width = (ctx.bits,) if "bits" in raw.arguments else ()
+            before = raw(*(kept[name] for name in names), "none", *width).float()
             pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
             grad = pull_back(grad.float())[0].to(grad.dtype)
-        grad_x = input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.wanted[0] else None
-        grad_bias = None
-        if ctx.wanted[3]:
-            grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, *[None] * (len(raw.arguments) - 4)
+        grads: dict[str, Tensor] = {}
+        if ctx.wanted[0]:
+            stored = (kept["weight_packed"], kept["weight_scale"], ctx.in_features, kept.get("group_scale"), ctx.bits)
+            grads["x"] = input_grad(grad, *stored)
+            if through_signs:
+                grads["x"] = _through_signs(grads["x"], kept["x"].detach(), kept["threshold"])
+        if ctx.wanted[names.index("bias")]:
+            grads["bias"] = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return tuple(grads.get(name) for name in raw.arguments)
 
-    return _make_twin(raw, doc, _setup, backward, autocast=True)
+    return _make_twin(raw, doc, setup, backward, autocast=True)
+
+
+_FOR_INPUT_GRAD = ("weight_packed", "weight_scale", "group_scale")
+
+
+def _through_signs(grad: Tensor, x: Tensor, threshold: Tensor) -> Tensor:
+    """The straight-through gradient of scale * sign(x - threshold): the scale where abs(x - threshold) <= 1, else 0
+    (Hubara et al., arXiv:1602.02830)."""
+    # Comparison first: a product with 0 would keep an inf or NaN of a grad that is to vanish.
+    near = (x.float() - threshold).abs() <= 1
+    return torch.where(near, grad.float() * binarize_rows.raw(x, threshold)[1].unsqueeze(-1), 0.0).to(grad.dtype)
 
 
 def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:3])
+    given = {"group_scale": None, "bits": 8} | dict(zip(input_grad.arguments, inputs, strict=False))
+    ctx.in_features, ctx.bits = given["in_features"], given["bits"]
+    ctx.save_for_backward(*(given[name] for name in _FOR_INPUT_GRAD))
 
 
 def _backward_of_input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # input_grad is linear in its grad, with the stored weights transposed: a hessian or a gradient penalty needs its gradient.
-    return linear_weight_only(grad, *ctx.saved_tensors, None), None, None, None
+    weight_packed, weight_scale, group_scale = ctx.saved_tensors
+    if ctx.bits == 8:
+        out = linear_weight_only(grad, weight_packed, weight_scale, None)
+    else:
+        with torch.autocast(grad.device.type, enabled=False):
+            rows = relative_rows(weight_packed, weight_scale.shape[0], ctx.in_features, group_scale, ctx.bits)
+            out = (torch.nn.functional.linear(grad.float(), rows) * weight_scale).to(grad.dtype)
+    return out, *[None] * 5
 
 
 linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x and bias.")
 linear_static_differentiable = _make(linear_static, "ops.linear_static with gradients for x and bias.")
+linear_grouped_differentiable = _make(linear_grouped, "ops.linear_grouped with gradients for x and bias.")
+linear_xnor_differentiable = _make(linear_xnor, "ops.linear_xnor with gradients for x and bias.")
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
 input_grad_differentiable = _make_twin(
     input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False

@@ -1,4 +1,4 @@
-"""Linear layers on 8-bit tiles with int8 activations: y = act((acc * scale) * weight_scale + bias)."""
+"""Linear layers on tiles of any width with int8 activations: y = act((acc * scale) * weight_scale + bias)."""
 
 from __future__ import annotations
 
@@ -21,36 +21,41 @@ def _check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
     return check_last_dim(function, "q", q)
 
 
-def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
+# Entries of the native kernel table, by the bits of a code.
+GEMM = ("gemm_w8", "gemm_w4", "gemm_w2", "gemm_w1")
+
+
+def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int, bits: int = 8) -> Tensor:
     k = _check_q("linear_acc", q, row_sum)
     check_tensors("linear_acc", weight_packed=weight_packed)
     if out_features < 0:
         raise ValueError(f"linear_acc: out_features is {out_features}, expected 0 or more")
     check_device("linear_acc", q, row_sum=row_sum, weight_packed=weight_packed)
-    check_tiles("linear_acc", weight_packed, out_features, k)
+    check_tiles("linear_acc", weight_packed, out_features, k, bits)
     return q.new_empty((*q.shape[:-1], out_features), dtype=torch.int32)
 
 
 @op(
-    "(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features) -> Tensor",
+    "(Tensor q, Tensor row_sum, Tensor weight_packed, int out_features, int bits=8) -> Tensor",
     check=_check_acc,
-    kernels=("gemm_w8",),
+    kernels=GEMM,
     rows=2,
 )
-def linear_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int) -> Tensor:
+def linear_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int, bits: int = 8) -> Tensor:
     """The int32 accumulators of a linear layer, exact: acc[m, n] = sum_k q[m, k] * w[n, k].
 
     q             int8  [..., K] from quantize_rows, any row stride
     row_sum       int32 [...]    sum of q over K; repairs the offset of the codes
-    weight_packed uint8 [ceil(N/16), ceil(K/4), 64] tiles of codes w + 128
+    weight_packed uint8 [ceil(N/16), ceil(K/kt), 64] tiles, kt = 32 / bits
     out_features  N
+    bits          8, 4, 2 or 1: the width of a code
     returns       int32 [..., N]; cannot wrap for K <= 132104
 
     Raises ValueError / TypeError where sizes or dtypes do not fit each other.
     """
-    _check_acc(q, row_sum, weight_packed, out_features)
+    _check_acc(q, row_sum, weight_packed, out_features, bits)
     k = q.shape[-1]
-    acc = _int_matmul.int_matmul(as_rows(q), to_rows(weight_packed, out_features, k))
+    acc = _int_matmul.int_matmul(as_rows(q), to_rows(weight_packed, out_features, k, bits))
     return acc.reshape(*q.shape[:-1], out_features)
 
 
@@ -63,12 +68,13 @@ def _check_s8(
     bias: Tensor | None,
     epilogue: str = "none",
     out_dtype: torch.dtype = torch.float32,
+    bits: int = 8,
 ) -> Tensor:
     k = _check_q("linear_s8", q, row_sum)
     check_tensors("linear_s8", scale=scale)
     check_per_row("linear_s8", "scale", scale, torch.float32, q.shape[:-1])
     check_device("linear_s8", q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
-    n = check_weights("linear_s8", k, weight_packed, weight_scale, bias, epilogue)
+    n = check_weights("linear_s8", k, weight_packed, weight_scale, bias, epilogue, bits)
     if out_dtype not in FLOATS:
         raise TypeError(f"linear_s8: out_dtype is {out_dtype}, expected float32, bfloat16 or float16")
     return q.new_empty((*q.shape[:-1], n), dtype=out_dtype)
@@ -76,9 +82,9 @@ def _check_s8(
 
 @op(
     "(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, Tensor? bias, "
-    "str epilogue='none', ScalarType out_dtype=float) -> Tensor",
+    "str epilogue='none', ScalarType out_dtype=float, int bits=8) -> Tensor",
     check=_check_s8,
-    kernels=("gemm_w8",),
+    kernels=GEMM,
     rows=3,
 )
 def linear_s8(
@@ -90,20 +96,22 @@ def linear_s8(
     bias: Tensor | None,
     epilogue: str = "none",
     out_dtype: torch.dtype = torch.float32,
+    bits: int = 8,
 ) -> Tensor:
     """Linear layer on rows that are already int8, so that several layers can share one quantisation.
 
     q, scale, row_sum   from quantize_rows: int8 [..., K], float32 [...], int32 [...]
-    weight_packed       uint8 [ceil(N/16), ceil(K/4), 64] tiles of codes w + 128
+    weight_packed       uint8 [ceil(N/16), ceil(K/kt), 64] tiles, kt = 32 / bits
     weight_scale        float32 [N], per output channel
     bias                float [N] or None
     epilogue            one of ops.EPILOGUES, applied to the float32 result
+    bits                8, 4, 2 or 1: the width of a code
     returns             out_dtype [..., N] = act(((f32(acc) * scale) * weight_scale) + bias); a row with scale NaN is NaN
 
     Raises ValueError / TypeError where sizes or dtypes do not fit. Scheme: Jacob et al., arXiv:1712.05877, section 2.
     """
-    _check_s8(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, out_dtype)
-    acc = linear_acc.reference(q, row_sum, weight_packed, weight_scale.shape[0])
+    _check_s8(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, out_dtype, bits)
+    acc = linear_acc.reference(q, row_sum, weight_packed, weight_scale.shape[0], bits)
     return finish(acc, scale, weight_scale, bias, epilogue, out_dtype)
 
 
@@ -115,31 +123,36 @@ def finish(acc: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None
     return EPILOGUES[epilogue](y).to(out_dtype)
 
 
-def _check_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
-    return check_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue)
+def _check_dynamic(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none", bits: int = 8
+) -> Tensor:
+    return check_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue, bits)
 
 
 @op(
-    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none') -> Tensor",
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none', int bits=8) -> Tensor",
     check=_check_dynamic,
-    kernels=("quantize_x", "gemm_w8"),
+    kernels=("quantize_x", *GEMM),
     autocast=True,
 )
-def linear_dynamic(x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
-    """Int8 linear layer with dynamic activations in one call: quantize_rows, integer GEMM, epilogue.
+def linear_dynamic(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none", bits: int = 8
+) -> Tensor:
+    """Linear layer with dynamic int8 activations in one call: quantize_rows, integer GEMM, epilogue.
 
     x              float32 / bfloat16 / float16 [..., K], any strides
-    weight_packed  uint8 [ceil(N/16), ceil(K/4), 64] tiles of codes w + 128
+    weight_packed  uint8 [ceil(N/16), ceil(K/kt), 64] tiles, kt = 32 / bits
     weight_scale   float32 [N]
     bias           float [N] or None
+    bits           8, 4, 2 or 1: the width of a code
     returns        dtype of x, [..., N]: the same bits as quantize_rows followed by linear_s8
 
     Raises ValueError / TypeError where sizes or dtypes do not fit, or K > 132104. Gradients for x and bias (straight-through, see
     ops/differentiable.py) where they are asked for.
     """
-    _check_dynamic(x, weight_packed, weight_scale, bias, epilogue)
+    _check_dynamic(x, weight_packed, weight_scale, bias, epilogue, bits)
     q, scale, row_sum = quantize_rows.reference(x)
-    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype)
+    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype, bits)
 
 
 def _check_static(

@@ -1,0 +1,141 @@
+// The products of a word of weights (32 bits of 16 channels) with x: what gemm_int.inl needs to know of a width.
+//
+//   kBlocks           register blocks, see Isa
+//   kXWordBytes       bytes of x that meet one word
+//   kUnroll           words in one turn of the loop
+//   sets(rows)        sets of sums: they hide latency, or hold what still has to be shifted (see Codes)
+//   kFlushWords       words after which narrow sums go into 32-bit ones; 0: they are 32-bit at once
+//   word(sums, ...)   adds one word of each tile times each row
+//   join(sums)        the sets as one sum, in sums[0]
+//   value(g, m, sum)  the integer sum of w * q
+#pragma once
+
+#include "../core/kernel_table.h"
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+using Vi = Isa::Vi;
+using Vf = Isa::Vf;
+constexpr int kTileVecs = static_cast<int>(kTileN) / Isa::kLanes;
+
+// The words of a panel at one k step, and the rows they meet.
+struct Operands {
+  const uint8_t* w;
+  int64_t tile_stride;  // bytes
+  const char* x;
+  int64_t ldx;  // bytes
+
+  const uint8_t* vec(int v) const { return w + v / kTileVecs * tile_stride + v % kTileVecs * Isa::kLanes * 4; }
+};
+
+// Codes of kBits x s8.
+//
+// Few rows leave no work to hide the unpacking behind. There codes are masked where they stand, without the shift, and each of the
+// word's positions has sums of its own: they are multiples of 2^(bits * j), shifted back once at the end. They cannot wrap:
+// (255 - 2^(8 - bits) + 1) * 128 * K / (8 / bits) < 2^31 for every K <= kMaxK.
+template <int kBits>
+struct Codes {
+  using D = Isa::Dot<kBits>;
+  static constexpr int kSteps = 8 / kBits;  // of four k
+  static constexpr int64_t kXStepBytes = 4 * D::kXBytesPerK;
+  static constexpr int64_t kXWordBytes = kSteps * kXStepBytes;
+  static constexpr int kUnroll = kSteps >= 4 ? 1 : 4 / kSteps;
+  static constexpr int kFlushWords = D::kPartialSteps / kSteps;
+  static constexpr int kMaxRows = Isa::kMaxRows;
+  static constexpr bool in_place(int rows) { return kBits < 8 && rows <= Isa::kInPlaceRows; }
+  static constexpr int sets(int rows) { return in_place(rows) ? kSteps : Isa::acc_sets(rows); }
+  static constexpr int max_tiles(int rows) { return in_place(rows) && kBits == 1 ? 2 : Isa::max_tiles(rows); }
+
+  template <int kSets, int kRows, int kVecs>
+  [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kSteps; ++j) {
+      typename D::W codes[kVecs];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) {
+        if constexpr (in_place(kRows)) {
+          codes[v] = D::masked(o.vec(v), j);
+        } else {
+          codes[v] = D::codes(o.vec(v), j);
+        }
+      }
+      auto& sum = sums[in_place(kRows) ? j : (u * kSteps + j) % kSets];
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const typename D::X x = D::load_x(o.x + m * o.ldx + j * kXStepBytes);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) sum[m][v] = D::dot4(sum[m][v], codes[v], x);
+      }
+    }
+  }
+
+  static Vi widen(Vi partial) { return D::widen(partial); }
+
+  template <int kSets, int kRows, int kVecs>
+  [[gnu::always_inline]] static void join(Vi (&sums)[kSets][kRows][kVecs]) {
+#pragma GCC unroll 8
+    for (int s = 1; s < kSets; ++s) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) {
+          const Vi sum = in_place(kRows) ? Isa::sar_by(sums[s][m][v], kBits * s) : sums[s][m][v];
+          sums[0][m][v] = Isa::add_i(sums[0][m][v], sum);
+        }
+      }
+    }
+  }
+
+  // Modulo 2^32: sum of codes and sum of x may each wrap, the value does not.
+  static Vi value(Vi sum, int32_t row_sum) {
+    return Isa::sub_i(Isa::shl<code_shift(kBits)>(sum), Isa::shl<offset_shift(kBits)>(Isa::set1_i(row_sum)));
+  }
+  static int32_t repair(const GemmArgs& g, int64_t m) { return g.row_sum[m]; }
+};
+
+// Bits x bits: the sums count the bits that differ.
+struct Xnor {
+  using P = Isa::Popcount;
+  static constexpr int64_t kXWordBytes = 4;
+  static constexpr int kUnroll = 4;
+  static constexpr int kFlushWords = P::kPartialSteps;
+  static constexpr int kMaxRows = Isa::kMaxRows;
+  static constexpr int sets(int rows) { return Isa::acc_sets(rows); }
+  static constexpr int max_tiles(int rows) { return Isa::max_tiles(rows); }
+
+  template <int kSets, int kRows, int kVecs>
+  [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+    Vi w[kVecs];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) w[v] = Isa::load_i(o.vec(v));
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      int32_t bits;
+      __builtin_memcpy(&bits, o.x + m * o.ldx, 4);
+      const Vi x = Isa::set1_i(bits);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) sums[u % kSets][m][v] = P::add(sums[u % kSets][m][v], Isa::xor_i(w[v], x));
+    }
+  }
+
+  static Vi widen(Vi partial) { return P::widen(partial); }
+
+  template <int kSets, int kRows, int kVecs>
+  [[gnu::always_inline]] static void join(Vi (&sums)[kSets][kRows][kVecs]) {
+#pragma GCC unroll 8
+    for (int s = 1; s < kSets; ++s) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) sums[0][m][v] = Isa::add_i(sums[0][m][v], sums[s][m][v]);
+      }
+    }
+  }
+
+  static Vi value(Vi differ, int32_t k) { return Isa::sub_i(Isa::set1_i(k), Isa::shl<1>(differ)); }
+  static int32_t repair(const GemmArgs& g, int64_t) { return static_cast<int32_t>(g.K); }
+};
+
+}  // namespace
+}  // namespace tersor::TERSOR_ISA

@@ -421,7 +421,8 @@ def swap_group(places: list[Place], make: Callable[[Place, L | None], L]) -> Non
 
 def is_finite(weight: Tensor) -> bool:
     """By row blocks: of a whole weight, torch.isfinite would allocate more bytes than the weight has."""
-    return not has_values(weight) or all(bool(torch.isfinite(weight[begin:end]).all()) for begin, end in row_blocks(*weight.shape))
+    rows = weight.reshape(-1, weight.shape[-1]) if weight.dim() else weight.reshape(1, 1)
+    return not has_values(weight) or all(bool(torch.isfinite(rows[begin:end]).all()) for begin, end in row_blocks(*rows.shape))
 
 
 def share_weight(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:

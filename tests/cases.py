@@ -12,7 +12,19 @@ import tersor
 import tersor.ops as ops
 
 # One of every format; test_formats_are_all_covered sees to it.
-FORMATS = [tersor.Int8Dynamic(), tersor.Int8Static(0.03), tersor.Int8WeightOnly()]
+GROUPED = tersor.Int4(32)
+INT8 = [tersor.Int8Dynamic(), tersor.Int8Static(0.03), tersor.Int8WeightOnly()]
+FORMATS = [*INT8, tersor.Int4(), GROUPED, tersor.Ternary(), tersor.Ternary("tensor"), tersor.Binary(), tersor.BinaryXnor()]
+ANY_K = [fmt for fmt in FORMATS if fmt != GROUPED]
+FEW_BITS = [fmt for fmt in FORMATS if fmt not in INT8]
+
+
+def fitting(fmt: tersor.formats.Format, k: int) -> int:
+    """The least K from k on that the format can hold: a multiple of its groups."""
+    unit = getattr(fmt, "group_size", None) or 1
+    return -(-k // unit) * unit
+
+
 INPUT_SCALE = torch.tensor(0.03)  # of the static ops
 
 
@@ -36,17 +48,22 @@ class Case:
     k: int
     dtype: torch.dtype = torch.float32
     values: str = "normal"
+    bits: int = 8
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}-{str(self.dtype).removeprefix('torch.')}-{self.values}"
+        width = "" if self.bits == 8 else f"-w{self.bits}"
+        return f"{self.m}x{self.n}x{self.k}-{str(self.dtype).removeprefix('torch.')}-{self.values}{width}"
 
     def make(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x, weight_packed, weight_scale, bias)"""
         g = torch.Generator().manual_seed(seed)
         x = torch.randn(self.m, self.k, generator=g)
-        w = torch.randint(-127, 128, (self.n, self.k), generator=g, dtype=torch.int8)
+        _, _, lowest, highest = ops.CODES[self.bits]
+        w = torch.randint(max(lowest, -127), highest + 1, (self.n, self.k), generator=g, dtype=torch.int8)
+        if self.bits == 1:
+            w = torch.where(w < 0, -1, 1).to(torch.int8)
         if self.values == "extreme":
-            w = torch.where(torch.rand(self.n, 1, generator=g) < 0.5, 127, -128).to(torch.int8).expand(self.n, self.k)
+            w = torch.where(torch.rand(self.n, 1, generator=g) < 0.5, highest, lowest).to(torch.int8).expand(self.n, self.k)
             x = torch.where(torch.rand(self.m, 1, generator=g) < 0.5, 1.0, -1.0).expand(self.m, self.k)
         elif self.values == "one_hot":
             x = torch.zeros(self.m, self.k)
@@ -55,7 +72,33 @@ class Case:
             x = torch.zeros(self.m, self.k)
         scale = torch.rand(self.n, generator=g) * 0.02 + 0.001
         bias = torch.randn(self.n, generator=g)
-        return x.to(self.dtype), ops.from_rows(w.contiguous()), scale, bias.to(self.dtype)
+        return x.to(self.dtype), ops.from_rows(w.contiguous(), self.bits), scale, bias.to(self.dtype)
+
+    def make_xnor(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(x, weight_packed, weight_scale, threshold, bias); a tenth of x lies at its threshold, and counts as positive."""
+        x, tiles, scale, bias = dataclasses.replace(self, bits=1).make(seed)
+        g = torch.Generator().manual_seed(seed + 1)
+        threshold = torch.randn(self.k, generator=g).to(self.dtype).float() * (self.values != "zeros")
+        if self.values == "normal":
+            x = torch.where(torch.rand(x.shape, generator=g) < 0.1, threshold.to(self.dtype), x)
+        return x, tiles, scale, threshold, bias
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedCase(Case):
+    """A layer with group scales. K is a multiple of group_size, a multiple of 32."""
+
+    bits: int = 4
+    group_size: int = 32
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-g{self.group_size}"
+
+    def make_grouped(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(x, weight_packed, weight_scale, group_scale, bias)"""
+        x, tiles, scale, bias = self.make(seed)
+        relative = torch.rand(self.n, self.k // self.group_size, generator=torch.Generator().manual_seed(seed + 2))
+        return x, tiles, scale, ops.group_scale_bytes(relative), bias
 
 
 def _cases() -> Iterator[Case]:
@@ -78,8 +121,30 @@ def _cases() -> Iterator[Case]:
     yield Case(64, 1000, 384, torch.bfloat16)
 
 
+def _grouped_cases() -> Iterator[GroupedCase]:
+    for m in (1, 2, 3, 4, 5, 8, 9, 17, 33):
+        yield GroupedCase(m, 48, 128)
+        yield GroupedCase(m, 37, 384, group_size=128)
+    for n in (1, 15, 16, 17, 53, 100):
+        yield GroupedCase(5, n, 96)
+        yield GroupedCase(1, n, 64)
+    for k, size in ((32, 32), (64, 64), (1024, 32), (320, 64), (128, 128), (1280, 128), (192, 192), (2048, 1024)):
+        yield GroupedCase(1, 37, k, group_size=size)
+        yield GroupedCase(9, 20, k, group_size=size)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield GroupedCase(1, 33, 128, dtype)
+        yield GroupedCase(11, 50, 128, dtype, group_size=64)
+    for values in ("extreme", "one_hot", "zeros"):
+        yield GroupedCase(1, 40, 256, values=values)
+        yield GroupedCase(10, 40, 256, values=values, group_size=128)
+    yield GroupedCase(130, 384, 1536, group_size=128)
+
+
 CASES = list(_cases())
+ALL_WIDTHS = [dataclasses.replace(case, bits=bits) for bits in ops.CODES for case in CASES]
+GROUPED_CASES = list(_grouped_cases())
 LARGE_K = [Case(2, 17, 66312, values="extreme"), Case(3, 16, 132104, values="extreme"), Case(2, 5, 132103)]
+LARGE_K += [Case(3, 16, k, values="extreme", bits=bits) for bits in (4, 2, 1) for k in (132103, 132104)]
 
 
 def assert_equal(got: Tensor, want: Tensor) -> None:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, EPS, LARGE_K, Case, assert_equal, assert_within, epilogue_bound
+from cases import ALL_WIDTHS, CASES, EPS, LARGE_K, Case, assert_equal, assert_within, epilogue_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ def each_thread_count(f):
     return results[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_WIDTHS, ids=str)
 def test_integer_results(case: Case):
     x, tiles, _, _ = case.make()
     got = each_thread_count(lambda: ops.quantize_rows(x))
@@ -42,27 +42,27 @@ def test_integer_results(case: Case):
     for g, w in zip(got, want, strict=True):
         assert_equal(g, w)
     q, _, row_sum = got
-    (acc,) = each_thread_count(lambda: (ops.linear_acc(q, row_sum, tiles, case.n),))
-    assert_equal(acc, ops.linear_acc.reference(q, row_sum, tiles, case.n))
-    exact = q.long() @ ops.to_rows(tiles, case.n, case.k).long().t()
+    (acc,) = each_thread_count(lambda: (ops.linear_acc(q, row_sum, tiles, case.n, case.bits),))
+    assert_equal(acc, ops.linear_acc.reference(q, row_sum, tiles, case.n, case.bits))
+    exact = q.long() @ ops.to_rows(tiles, case.n, case.k, case.bits).long().t()
     assert torch.equal(acc.long(), exact)  # the reference itself, against plain integers
 
 
 @pytest.mark.parametrize("epilogue", ops.EPILOGUES)
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
+@pytest.mark.parametrize("case", ALL_WIDTHS[::3], ids=str)
 def test_epilogues(case: Case, epilogue: str):
     x, tiles, scale, bias = case.make()
-    (y,) = each_thread_count(lambda: (ops.linear_dynamic(x, tiles, scale, bias, epilogue),))
+    (y,) = each_thread_count(lambda: (ops.linear_dynamic(x, tiles, scale, bias, epilogue, case.bits),))
     q, x_scale, row_sum = ops.quantize_rows(x)
-    assert_equal(ops.linear_s8(q, x_scale, row_sum, tiles, scale, bias, epilogue, case.dtype), y)
-    before = ops.linear_s8(q, x_scale, row_sum, tiles, scale, bias)
+    assert_equal(ops.linear_s8(q, x_scale, row_sum, tiles, scale, bias, epilogue, case.dtype, case.bits), y)
+    before = ops.linear_s8(q, x_scale, row_sum, tiles, scale, bias, bits=case.bits)
     # scale and bias: the same roundings in the same order as the reference, so the same bits
-    assert_equal(before, ops.linear_s8.reference(q, x_scale, row_sum, tiles, scale, bias))
+    assert_equal(before, ops.linear_s8.reference(q, x_scale, row_sum, tiles, scale, bias, bits=case.bits))
     exact, bound = ops.EPILOGUES[epilogue](before.double()), epilogue_bound(case, before, epilogue)
     assert_within(y, exact, bound)
-    assert_within(ops.linear_dynamic.reference(x, tiles, scale, bias, epilogue), exact, bound)
-    no_bias = ops.linear_dynamic(x, tiles, scale, None, epilogue)
-    assert_equal(no_bias, ops.linear_dynamic(x, tiles, scale, torch.zeros(case.n), epilogue))
+    assert_within(ops.linear_dynamic.reference(x, tiles, scale, bias, epilogue, case.bits), exact, bound)
+    no_bias = ops.linear_dynamic(x, tiles, scale, None, epilogue, case.bits)
+    assert_equal(no_bias, ops.linear_dynamic(x, tiles, scale, torch.zeros(case.n), epilogue, case.bits))
 
 
 # one step of q: usual, saturating, coarse, a sign that does not count, too small, none, and no numbers
@@ -96,8 +96,8 @@ def test_largest_k(case: Case):
     # 128 * 127 * 132104 is 0.02 % below 2^31: a partial sum of codes (up to 255) wraps on the way, the result does not
     x, tiles, _, _ = case.make()
     q, _, row_sum = ops.quantize_rows(x)
-    acc = ops.linear_acc(q, row_sum, tiles, case.n)
-    assert torch.equal(acc.long(), q.long() @ ops.to_rows(tiles, case.n, case.k).long().t())
+    acc = ops.linear_acc(q, row_sum, tiles, case.n, case.bits)
+    assert torch.equal(acc.long(), q.long() @ ops.to_rows(tiles, case.n, case.k, case.bits).long().t())
 
 
 @settings(max_examples=60, deadline=None)
@@ -223,11 +223,15 @@ def test_weight_only(case: Case):
 def digest() -> str:
     """Hash of every class I and E result of the case list; equal on all native variants."""
     h = hashlib.sha256()
-    for case in CASES:
+    for case in ALL_WIDTHS:
         x, tiles, scale, bias = case.make()
         q, x_scale, row_sum = ops.quantize_rows(x)
-        results = [q, x_scale, row_sum, ops.linear_acc(q, row_sum, tiles, case.n)]
-        results += [ops.linear_dynamic(x, tiles, scale, bias, epilogue) for epilogue in ops.EPILOGUES]
+        results = [q, x_scale, row_sum, ops.linear_acc(q, row_sum, tiles, case.n, case.bits)]
+        results += [ops.linear_dynamic(x, tiles, scale, bias, epilogue, case.bits) for epilogue in ops.EPILOGUES]
+        if case.bits == 1:
+            x, tiles, scale, threshold, bias = case.make_xnor()
+            results += ops.binarize_rows(x, threshold)
+            results += [ops.linear_xnor(x, tiles, scale, threshold, bias, epilogue) for epilogue in ops.EPILOGUES]
         for t in results:
             h.update(t.contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()

@@ -12,6 +12,7 @@ from .linear_int8 import finish
 from .tiles import ceil_div, to_rows
 
 WORD = 32  # k of one word
+_LANES = 64  # partial sums of a row: what four 512-bit registers hold
 # Element k = 4j + b of a word is bit 8b + j, as in a tile of 1-bit codes. Bit 31 is the sign of an int32.
 _BIT_VALUES = [1 << (8 * (k % 4) + k // 4) for k in range(WORD)]
 _BIT_VALUES[-1] -= 1 << 32
@@ -35,10 +36,24 @@ def _signs(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """(x >= threshold, scale): bool [..., K] and float32 [...]; False and NaN where a row of x holds NaN or inf."""
     xf = x.float()
     finite = torch.isfinite(xf).all(-1)
-    inv_k = 1.0 / max(1, x.shape[-1])
     # Each term is divided before the sum, so that no sum of finite terms leaves the float range.
-    scale = ((xf - threshold).abs() * inv_k).sum(-1)
+    scale = _sum_in_order((xf - threshold).abs() * (1.0 / max(1, x.shape[-1])))
     return (xf >= threshold) & finite.unsqueeze(-1), torch.where(finite, scale, torch.nan)
+
+
+def _sum_in_order(terms: Tensor) -> Tensor:
+    """Sum over the last dim, each addition rounded, in the kernel's order: 64 sums by k mod 64, of which the four runs of 16 are
+    added as (0 + 1) + (2 + 3), and the 16 in halves."""
+    k = terms.shape[-1]
+    blocks = torch.nn.functional.pad(terms, (0, -k % _LANES)).unflatten(-1, (ceil_div(k, _LANES), _LANES))
+    lanes = terms.new_zeros((*terms.shape[:-1], _LANES))
+    for i in range(blocks.shape[-2]):
+        lanes = lanes + blocks[..., i, :]
+    p0, p1, p2, p3 = lanes.unflatten(-1, (4, 16)).unbind(-2)
+    total = (p0 + p1) + (p2 + p3)
+    for half in (8, 4, 2, 1):
+        total = total[..., :half] + total[..., half:]
+    return total.squeeze(-1)
 
 
 @op("(Tensor x, Tensor threshold) -> (Tensor, Tensor)", check=_check_binarize, kernels=("binarize_x",))
@@ -50,7 +65,7 @@ def binarize_rows(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     returns    (bits int32 [..., ceil(K/32)], scale float32 [...]); real value = (bit ? 1 : -1) * scale
 
     Bits lie in the order of a 1-bit tile: k = 4j + b of a word at bit 8b + j; pads are 0. scale = sum_k (abs(x - threshold) *
-    f32(1/K)), in an order of the kernel's own. A row with NaN or inf gives bits 0, scale NaN, and touches no other. Raises
+    f32(1/K)), in one order on every device. A row with NaN or inf gives bits 0, scale NaN, and touches no other. Raises
     ValueError / TypeError on a wrong dtype or shape. Sources: Rastegari et al., arXiv:1603.05279 (XNOR-Net); Liu et al.,
     arXiv:2003.03488 (ReActNet: thresholds).
     """

@@ -24,7 +24,8 @@ def from_bitnet_(model: nn.Module) -> nn.Module:
     """Replaces the BitNet layers of a transformers model by QuantLinear of format Ternary("tensor"), in place, and returns it.
 
     BitLinear                packed weights uint8 [N/4, K], y = acc / (weight_scale * input_scale): our scale is 1 / weight_scale
-    AutoBitLinear, offline   weights -1, 0, 1 as float [N, K], y = acc * input_step * weight_scale: our scale is weight_scale
+    AutoBitLinear, offline   weights -1, 0, 1 as float [N, K], y = (acc * input_step + bias) * weight_scale: our scale is
+                             weight_scale, our bias bias * weight_scale
     AutoBitLinear, online    float weights, quantised by the mean of abs(w) over the whole weight in every forward: once, here
 
     Activations are quantised per token as transformers does it, 127 / absmax, ties to even; only where a row's absmax is below
@@ -36,7 +37,9 @@ def from_bitnet_(model: nn.Module) -> nn.Module:
     arXiv:2402.17764.
     """
     if _is_bitnet(model):
-        raise ValueError("from_bitnet_: model is a BitNet layer itself, which cannot be replaced in place; put it in an nn.Sequential")
+        raise ValueError(
+            "from_bitnet_: model is a BitNet layer itself, which cannot be replaced in place; put it in an nn.Sequential"
+        )
     found = [
         (fqn, parent, name, child)
         for fqn, parent in model.named_modules()
@@ -110,9 +113,10 @@ def _from_codes(layer: nn.Module) -> QuantLinear:
     linear.weight_packed = nn.Parameter(ops.from_rows(values, 2), requires_grad=False)
     linear.weight_scale = step.float().reshape(1).repeat(n)
     bias = layer.bias
-    if bias is not None:  # a buffer in BitLinear
+    if bias is not None:
         assert isinstance(bias, Tensor)
-        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        # A buffer in BitLinear; AutoBitLinear multiplies its bias by weight_scale too.
+        linear.bias = nn.Parameter(bias.detach() if packed else bias * scale, requires_grad=bias.requires_grad)
     return linear
 
 

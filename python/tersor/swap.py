@@ -262,7 +262,9 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[Pla
             logger.warning("tersor: %s stays float: it %s", fqn, reason)
             continue
         if _read_by_attention(parent, name):
-            raise ValueError(f"{rules.function}: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn")
+            raise ValueError(
+                f"{rules.function}: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn"
+            )
         if reason:
             logger.warning("tersor: %s is swapped as asked, though it %s", fqn, reason)
         planned.append((fqn, parent, name, layer, fmt))

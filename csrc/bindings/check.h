@@ -58,6 +58,7 @@ inline int check_bits(const char* function, int64_t bits) {
 
 // Size of the groups of group_scale [ceil(N/16), groups, 32].
 inline int64_t check_groups(const char* function, int64_t K, int64_t groups) {
+  if (K == 0 && groups == 0) return kGroupUnit;
   if (groups < 1 || K % groups || K / groups % kGroupUnit) {
     fail(function, "group_scale has ", groups, " groups, which do not split K=", K, " into multiples of ", kGroupUnit);
   }

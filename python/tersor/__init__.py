@@ -24,6 +24,7 @@ _PUBLIC = {
     "QuantLinear": "nn",
     "Ternary": "formats",
     "dequantize_": "swap",
+    "from_bitnet_": "bitnet",
     "info": "information",
     "load_": "checkpoint",
     "quantize_": "swap",
@@ -31,12 +32,13 @@ _PUBLIC = {
     "quantize_weights": "swap",
     "save": "checkpoint",
 }
-_SUBMODULES = ("formats", "nn", "numpy", "ops", "parallel")
+_SUBMODULES = ("formats", "nn", "numpy", "ops", "parallel", "train")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import formats, nn, numpy, ops, parallel
+    from . import formats, nn, numpy, ops, parallel, train
+    from .bitnet import from_bitnet_
     from .checkpoint import load_, save
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, Ternary
     from .information import info

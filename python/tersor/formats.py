@@ -268,8 +268,13 @@ class Int4(_Tiles):
 
     def _scales_of(self, rows: Tensor) -> dict[str, Tensor]:
         if self.group_size is None:
-            return {"weight_scale": least_squares_steps(rows, 1).squeeze(1)}
-        steps = least_squares_steps(rows, rows.shape[1] // self.group_size)
+            return self.scales_of(least_squares_steps(rows, 1))
+        return self.scales_of(least_squares_steps(rows, rows.shape[1] // self.group_size))
+
+    def scales_of(self, steps: Tensor) -> dict[str, Tensor]:
+        """float32 steps [n, 1] or [n, G], found by whatever means -> the scales that store them, rounded as stored."""
+        if self.group_size is None:
+            return {"weight_scale": without_tiny(steps).squeeze(1)}
         largest = steps.amax(1) if steps.shape[1] else steps.new_zeros(steps.shape[0])
         relative = steps / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
         return {"weight_scale": largest, "group_scale": ops.group_scale_bytes(relative)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,8 +59,12 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, format: Format | None = None) -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Linear, format: Format | None = None, *, scales: Mapping[str, Tensor] | None = None
+    ) -> QuantLinear:
         """A layer with linear's weight quantised, its bias shared, on linear's device. The float weight is read in row blocks.
+
+        scales  of the whole weight, as format.scales() gives them; None: those that it gives
 
         Raises ValueError where the weight holds NaN or inf, or the format cannot hold its size.
         """
@@ -79,7 +83,8 @@ class QuantLinear(nn.Module):
                 if spec.name in constants:
                     stored[spec.name].copy_(constants[spec.name])
             if has_values(weight):
-                scales = layer.format.scales(weight) if layer.format.scales_need_all_rows else None
+                if scales is None and layer.format.scales_need_all_rows:
+                    scales = layer.format.scales(weight)
                 for begin, end in row_blocks(n, k):
                     rows = weight[begin:end]
                     if not torch.isfinite(rows).all():

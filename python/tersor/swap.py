@@ -23,6 +23,7 @@ from .weights import row_blocks
 
 logger = logging.getLogger("tersor")
 T = TypeVar("T")
+L = TypeVar("L", bound=nn.Module)
 
 Config = Format | Mapping[str, "Format | None"]
 Filter = Callable[[nn.Module, str], bool]
@@ -31,7 +32,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """One place of the model that holds a layer to swap. The layer itself is not held: its weight must be free to go."""
 
     fqn: str
@@ -73,16 +74,24 @@ def quantize_(
     first and each float weight is freed before the next is read, so memory falls from layer to layer; what comes on top of the
     float model is one packed layer and a few MiB of blocks. A root nn.Linear cannot be replaced in place.
     """
-    _check_root(model)
-    rules = _Rules(config)
-    places = _plan(model, rules, filter_fn)
-    for place in places:
-        _validate(place)
+    places = plan(model, config, filter_fn, "quantize_")
     if only_if_faster is not None:
         places = _faster(model, places, only_if_faster, progress)
     _swap_all(places, device, progress)
     settle(model)
     return model
+
+
+def plan(model: nn.Module, config: Config, filter_fn: Filter | None, function: str) -> list[Place]:
+    """The places that `config` and `filter_fn` choose by the rules of quantize_, validated; the model is not touched.
+
+    function  who asks, for messages
+    """
+    _check_root(model, function)
+    places = _plan(model, _Rules(config, function), filter_fn)
+    for place in places:
+        _validate(place, function)
+    return places
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
@@ -162,19 +171,20 @@ def quantize_weights(net: nn.Module, num_bits: int = 8, activations: str | None 
 class _Rules:
     """The config as a function of the layer's name: exact keys, then patterns in order, then the default."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, function: str) -> None:
+        self.function = function
         entries = {"_default": config} if isinstance(config, Format) else config
         if not isinstance(entries, Mapping):
-            raise TypeError(f"quantize_: config is {config!r}, expected a format such as tersor.Int8Dynamic(), or a dict of them")
+            raise TypeError(f"{function}: config is {config!r}, expected a format such as tersor.Int8Dynamic(), or a dict of them")
         self.exact: dict[str, Format | None] = {}
         self.patterns: list[tuple[str, re.Pattern[str], Format | None]] = []
         self.default: Format | None = None
         self.unused: set[str] = set()
         for key, fmt in entries.items():
             if not isinstance(key, str):
-                raise TypeError(f"quantize_: config key {key!r} is not a string")
+                raise TypeError(f"{function}: config key {key!r} is not a string")
             if fmt is not None and not isinstance(fmt, Format):
-                raise TypeError(f"quantize_: config[{key!r}] is {fmt!r}, expected a format such as tersor.Int8Dynamic(), or None")
+                raise TypeError(f"{function}: config[{key!r}] is {fmt!r}, expected a format such as tersor.Int8Dynamic(), or None")
             if key == "_default":
                 self.default = fmt
                 continue
@@ -183,7 +193,7 @@ class _Rules:
                 try:
                     self.patterns.append((key, re.compile(key[3:]), fmt))
                 except re.error as error:
-                    raise ValueError(f"quantize_: config key {key!r} is not a regular expression: {error}") from None
+                    raise ValueError(f"{function}: config key {key!r} is not a regular expression: {error}") from None
             else:
                 self.exact[key] = fmt
 
@@ -212,12 +222,12 @@ def _check_dynamic_spec(model: nn.Module, spec: Mapping[Any, bool]) -> None:
             warnings.warn(f"tersor: {key.__name__} stays float: only nn.Linear is replaced", stacklevel=3)
 
 
-def _check_root(model: nn.Module) -> None:
+def _check_root(model: nn.Module, function: str = "quantize_") -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"quantize_: model is {type(model).__name__}, expected an nn.Module")
+        raise TypeError(f"{function}: model is {type(model).__name__}, expected an nn.Module")
     if isinstance(model, nn.Linear):
         raise ValueError(
-            "quantize_: model is an nn.Linear itself, which cannot be replaced in place; "
+            f"{function}: model is an nn.Linear itself, which cannot be replaced in place; "
             "use tersor.QuantLinear.from_linear(model, tersor.Int8Dynamic())"
         )
 
@@ -232,7 +242,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
     return found
 
 
-def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Place]:
+def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[Place]:
     candidates = _linears(model)
     planned: list[tuple[str, nn.Module, str, nn.Linear, Format]] = []
     adapters: list[str] = []
@@ -252,7 +262,9 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
             logger.warning("tersor: %s stays float: it %s", fqn, reason)
             continue
         if _read_by_attention(parent, name):
-            raise ValueError(f"quantize_: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn")
+            raise ValueError(
+                f"{rules.function}: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn"
+            )
         if reason:
             logger.warning("tersor: %s is swapped as asked, though it %s", fqn, reason)
         planned.append((fqn, parent, name, layer, fmt))
@@ -263,7 +275,7 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
     if rules.unused:
         names = ", ".join(repr(key) + _why_no_linear(model, key) for key in sorted(rules.unused))
         have = _some([fqn for fqn, *_ in candidates])
-        raise ValueError(f"quantize_: config keys match no nn.Linear: {names}; the model has: {have or 'none'}")
+        raise ValueError(f"{rules.function}: config keys match no nn.Linear: {names}; the model has: {have or 'none'}")
 
     owners = _owners(model, {id(layer) for _, _, _, layer, _ in planned})
     places = []
@@ -277,13 +289,13 @@ def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[_Pl
             warnings.warn(
                 f"tersor: {fqn} stays float: its weight is tied to {owner}, which is not swapped; "
                 f"name it in the config ({{{fqn!r}: ...}}) to give it a packed copy of its own",
-                stacklevel=4,
+                stacklevel=5,
             )
             continue
         if owner:
             n_bytes = sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in fmt.tensors(*layer.weight.shape))
             logger.warning("tersor: %s is tied to %s, which stays float: its packed copy adds %d bytes", fqn, owner, n_bytes)
-        places.append(_Place(fqn, parent, name, fmt))
+        places.append(Place(fqn, parent, name, fmt))
     return places
 
 
@@ -345,19 +357,19 @@ def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
     return owners
 
 
-def _validate(place: _Place) -> None:
+def _validate(place: Place, function: str) -> None:
     """A function of its own: a caller's variable would keep the last float weight alive during the swap."""
     linear = place.layer()
     try:
         place.format.check_sizes(linear.out_features, linear.in_features)
         place.format.constants()
     except ValueError as error:
-        raise ValueError(f"quantize_: {place.fqn}: {error}; nothing was changed") from None
-    if not _is_finite(linear.weight.detach()):
-        raise ValueError(f"quantize_: {place.fqn}.weight holds NaN or inf; nothing was changed")
+        raise ValueError(f"{function}: {place.fqn}: {error}; nothing was changed") from None
+    if not is_finite(linear.weight.detach()):
+        raise ValueError(f"{function}: {place.fqn}.weight holds NaN or inf; nothing was changed")
 
 
-def _faster(model: nn.Module, places: list[_Place], only_if_faster: Any, progress: bool) -> list[_Place]:
+def _faster(model: nn.Module, places: list[Place], only_if_faster: Any, progress: bool) -> list[Place]:
     """The places whose packed layer was measured to be faster; the others are logged."""
     rows = row_counts(model, [place.layer() for place in places], only_if_faster)
     choice, faster, stay = Choice(), [], []
@@ -373,41 +385,49 @@ def _faster(model: nn.Module, places: list[_Place], only_if_faster: Any, progres
     return faster
 
 
-def _swap_all(places: list[_Place], device: torch.device | str | None, progress: bool) -> None:
-    groups: dict[int, list[_Place]] = {}  # the places of one weight, by its id: all weights are alive here
+def _swap_all(places: list[Place], device: torch.device | str | None, progress: bool) -> None:
+    groups: dict[int, list[Place]] = {}  # the places of one weight, by its id: all weights are alive here
     for place in places:
         groups.setdefault(id(place.layer().weight), []).append(place)
+
+    def make(place: Place, shared: QuantLinear | None) -> QuantLinear:
+        linear = place.layer()
+        layer = QuantLinear.from_linear(linear, place.format) if shared is None else share_weight(shared, linear)
+        layer.speedup = place.speedup
+        return layer if device is None else layer.to(device)
+
     # The largest weight last: memory has fallen furthest when its packed copy is made.
     for group in _tracked(sorted(groups.values(), key=_weight_size), progress, "quantizing layers"):
-        _swap_group(group, device)
+        swap_group(group, make)
 
 
-def _weight_size(group: list[_Place]) -> int:
+def _weight_size(group: list[Place]) -> int:
     return group[0].layer().weight.numel()
 
 
-def _swap_group(places: list[_Place], device: torch.device | str | None) -> None:
-    """Swaps the places of one weight: one module in two of them stays one module, one weight in two layers one packed weight."""
-    made: dict[int, QuantLinear] = {}  # by the id of the layer
-    by_format: dict[Format, QuantLinear] = {}
+def swap_group(places: list[Place], make: Callable[[Place, L | None], L]) -> None:
+    """Swaps the places of one weight: one module in two of them stays one module.
+
+    make  (place, shared) -> new layer; shared is the layer that this weight already has in the place's format, or None
+    """
+    made: dict[int, L] = {}  # by the id of the layer
+    by_format: dict[Format, L] = {}
     kept: list[nn.Module] = []  # so that the ids stay unique
     for place in places:
         linear = place.layer()
         if id(linear) not in made:
-            shared = by_format.get(place.format)
-            layer = QuantLinear.from_linear(linear, place.format) if shared is None else _with_weight_of(shared, linear)
-            layer.speedup = place.speedup
-            made[id(linear)] = by_format[place.format] = layer if device is None else layer.to(device)
+            made[id(linear)] = by_format[place.format] = make(place, by_format.get(place.format))
             kept.append(linear)
         setattr(place.parent, place.name, made[id(linear)])
 
 
-def _is_finite(weight: Tensor) -> bool:
+def is_finite(weight: Tensor) -> bool:
     """By row blocks: of a whole weight, torch.isfinite would allocate more bytes than the weight has."""
-    return not has_values(weight) or all(bool(torch.isfinite(weight[begin:end]).all()) for begin, end in row_blocks(*weight.shape))
+    rows = weight.reshape(-1, weight.shape[-1]) if weight.dim() else weight.reshape(1, 1)
+    return not has_values(weight) or all(bool(torch.isfinite(rows[begin:end]).all()) for begin, end in row_blocks(*rows.shape))
 
 
-def _with_weight_of(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:
+def share_weight(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:
     layer = QuantLinear(
         linear.in_features, linear.out_features, False, shared.format, torch.device("meta"), dtype=linear.weight.dtype
     )
@@ -433,13 +453,13 @@ def settle(model: nn.Module) -> None:
     guard_merges(model)
 
 
-def disable_fast_paths(model: nn.Module) -> None:
-    """nn.TransformerEncoder(Layer)'s eval fast path reads linear1.weight itself; it must not, once that is packed."""
+def disable_fast_paths(model: nn.Module, kind: type[nn.Module] = QuantLinear) -> None:
+    """nn.TransformerEncoder(Layer)'s eval fast path reads linear1.weight itself; it must not, where that layer is of `kind`."""
     touched = 0
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
             continue
-        if not any(isinstance(part, QuantLinear) for part in module.modules()):
+        if not any(isinstance(part, kind) for part in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoder):
             module.enable_nested_tensor = module.use_nested_tensor = False

@@ -22,6 +22,8 @@ CLIP_RATIOS = tuple(i / 16 for i in range(16, 7, -1))
 
 def row_blocks(n: int, k: int) -> list[tuple[int, int]]:
     """[begin, end) of blocks of whole n tiles."""
+    if torch.compiler.is_compiling():
+        return [(0, n)]  # a loop would be unrolled into the graph
     step = max(TILE_N, _BLOCK_ELEMENTS // max(k, 1) // TILE_N * TILE_N)
     return [(begin, min(n, begin + step)) for begin in range(0, n, step)]
 

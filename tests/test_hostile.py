@@ -156,6 +156,51 @@ def test_raw_ops_check_again():
             call()
 
 
+@pytest.mark.native
+def test_raw_ops_of_few_bits_check_again():
+    """The same for widths, groups and thresholds: what would make a kernel read beyond its tensors."""
+    raw = torch.ops.tersor
+    calls = []
+    for bits in (4, 2, 1):
+        x, tiles, scale, bias = Case(3, N, 70, bits=bits).make()
+        q, x_scale, row_sum = ops.quantize_rows(x)
+        other = 4 if bits == 1 else bits // 2
+        calls += [
+            lambda x=x, t=tiles, s=scale, o=other: raw.linear_dynamic(x, t, s, None, "none", o),
+            lambda q=q, r=row_sum, t=tiles, o=other: raw.linear_acc(q, r, t, N, o),
+            lambda q=q, a=x_scale, r=row_sum, t=tiles, s=scale, o=other: raw.linear_s8(
+                q, a, r, t, s, None, "none", torch.float32, o
+            ),
+            lambda x=x, t=tiles[:, :-1], s=scale, b=bits: raw.linear_dynamic(x, t, s, None, "none", b),
+            lambda x=x, t=tiles[..., ::2], s=scale, b=bits: raw.linear_dynamic(x, t, s, None, "none", b),
+        ]
+    x, tiles, scale, bias = Case(3, N, 70).make()
+    calls += [
+        lambda b=bits: raw.linear_dynamic(x, tiles, scale, bias, "none", b)
+        for bits in (0, 3, 5, 7, -1, -8, 16, 32, 2**40, -(2**63))
+    ]
+    x, tiles, scale, groups, bias = GroupedCase(3, N, 128).make_grouped()
+    for wrong in (groups[:1], groups[:, :3], groups[:, :0], groups[..., :16], groups.char(), groups[0], groups[None],
+                  groups.repeat(1, 2, 1), groups.transpose(0, 1).contiguous().transpose(0, 1), groups[:, :1].expand(2, 4, 32),
+                  torch.zeros(2, 4, 64, dtype=torch.uint8)[..., ::2], groups.to("meta"), groups.to_sparse(),
+                  torch.zeros((), dtype=torch.uint8).expand(2, 2**40, 32)):  # fmt: skip
+        calls.append(lambda g=wrong: raw.linear_grouped(x, tiles, scale, g, bias))
+    calls.append(lambda: raw.linear_grouped(x[:, :96], tiles, scale, groups, bias))
+    calls.append(lambda: raw.linear_grouped(x, tiles[:, :8], scale, groups, bias))
+    calls.append(lambda: raw.linear_grouped(x, tiles, scale[:16], groups, bias))
+    y, signs, y_scale, threshold, y_bias = Case(3, N, 70).make_xnor()
+    for wrong in (threshold[:69], threshold.double(), threshold.half(), threshold[None], torch.tensor(0.0), torch.zeros(140)[::2],
+                  torch.zeros(1).expand(70), threshold.to("meta"), threshold.to_sparse()):  # fmt: skip
+        calls.append(lambda t=wrong: raw.binarize_rows(y, t))
+        calls.append(lambda t=wrong: raw.linear_xnor(y, signs, y_scale, t, y_bias))
+    calls.append(lambda: raw.linear_xnor(y, signs[:, :2], y_scale, threshold, y_bias))
+    calls.append(lambda: raw.linear_xnor(y.long(), signs, y_scale, threshold, y_bias))
+    calls.append(lambda: raw.binarize_rows(torch.zeros(1, 132105), torch.zeros(132105)))
+    for i, call in enumerate(calls):
+        with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+            pytest.fail(f"call {i} was taken: {call()}")
+
+
 # ---- sizes
 
 

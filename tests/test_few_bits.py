@@ -314,6 +314,8 @@ def test_forged_tags(data, message):
 
 def test_square_layer_keeps_thresholds_and_channels_apart():
     """threshold is [K] and weight_scale [N], of one length here: only one of them follows the channels."""
+    parts = {spec.name: tuple(spec.part(torch.empty(spec.shape), 32, 50).shape) for spec in BinaryXnor().tensors(300, 300)}
+    assert parts == {"weight_packed": (2, 10, 64), "weight_scale": (18,), "threshold": (300,)}
     layer = QuantLinear.from_linear(normal(300, 300), BinaryXnor())
     layer.threshold.copy_(torch.linspace(-1, 1, 300))
     before = layer.dequantize().weight.detach()

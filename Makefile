@@ -25,8 +25,9 @@ test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long
 targets: install peers  ## measure every figure this project promises
 	$(BIN)/python bench/targets.py
 
-bench: install peers  ## int8 layers against every int8 peer
+bench: install peers  ## layers of every width against every peer of that width
 	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/compare_few_bits.py
 
 peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -r bench/requirements.txt

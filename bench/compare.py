@@ -26,32 +26,34 @@ import tersor  # noqa: E402
 from tersor.bench.layers import KERNEL, OURS, Bench, Row  # noqa: E402
 from tersor.bench.machine import Machine, this_machine  # noqa: E402
 from tersor.bench.output import plot_roofline, write_csv  # noqa: E402
-from tersor.bench.peers import PEERS  # noqa: E402
+from tersor.bench.peers import rivals  # noqa: E402
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 SHAPES = ((384, 1536), (1536, 384), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096), (4096, 11008))  # K, N
 # Never the best peer wherever tried; left out unless asked for, as they take most of the time.
-SLOW = ("bitsandbytes", "torchao", "torchao-compiled")
+SLOW = ("auto-round-lib", "bitsandbytes", "torchao", "torchao-compiled")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One shape: the row of each contender."""
+    """One shape: the row of each contender, which of them is the one in question, and who may stand against it."""
 
     k: int
     n: int
     m: int
     rows: dict[str, Row]
+    name: str = OURS
+    against: tuple[str, ...] = ()  # empty: every int8 peer
 
     @property
     def ours(self) -> Row:
-        return self.rows[OURS]
+        return self.rows[self.name]
 
     @property
     def best_peer(self) -> Row:
-        """The fastest int8 contender that is not ours."""
-        int8 = [row for name, row in self.rows.items() if name in PEERS and PEERS[name].limit == "int8"]
-        return min(int8, key=lambda row: row.timing.best)
+        """The fastest contender that is not ours, of the same width."""
+        present = [self.rows[name] for name in self.against or rivals(8) if name in self.rows]
+        return min(present, key=lambda row: row.timing.best)
 
     @property
     def ratio(self) -> float:
@@ -73,22 +75,39 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+SHORT = {"quantize-dynamic": "qdyn", "onnxruntime": "ort", "openvino": "ov", "auto-round-lib": "ark"}
+
+
+def short(name: str) -> str:
+    for long, abbreviation in SHORT.items():
+        name = name.replace(long, abbreviation)
+    return name
+
+
 def markdown(points: Sequence[Point]) -> str:
-    """K x N by M: times the best int8 peer (which), GMAC/s, percent of the limit."""
+    """K x N by M: times the best peer (which), GMAC/s, percent of the limit."""
     rows = sorted({p.m for p in points})
     lines = ["| K x N | " + " | ".join(f"M={m}" for m in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for k, n in dict.fromkeys((p.k, p.n) for p in points):
         cells = []
         for m in rows:
             p = next(p for p in points if (p.k, p.n, p.m) == (k, n, m))
-            peer = p.best_peer.name.replace("quantize-dynamic", "qdyn")
-            cells.append(f"**{p.ratio:.2f}x** {peer}<br>{p.ours.gmacs:.0f} GMAC/s, {p.ours.of_limit:.0%}")
+            cells.append(f"**{p.ratio:.2f}x** {short(p.best_peer.name)}<br>{p.ours.gmacs:.0f} GMAC/s, {p.ours.of_limit:.0%}")
         lines.append(f"| {k}x{n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def summary(points: Sequence[Point]) -> str:
+    """Times the best peer: geometric mean and worst point."""
+    worst = min(points, key=lambda p: p.ratio)
+    return (
+        f"times the best peer: geometric mean {geometric_mean([p.ratio for p in points]):.3f}, worst {worst.ratio:.3f} "
+        f"({worst.k}x{worst.n}, M={worst.m}, {worst.best_peer.name})"
+    )
+
+
 def contenders(all_peers: bool) -> tuple[str, ...]:
-    return tuple(name for name in PEERS if all_peers or name not in SLOW)
+    return ("fp32", *(name for name in rivals(8) if all_peers or name not in SLOW))
 
 
 @click.command()
@@ -115,12 +134,7 @@ def main(threads: int, quick: bool, slow_peers: bool, rounds: int, csv_path: Pat
         f"{machine_name()}, {threads} thread(s), torch {torch.__version__}, {CAP}, kernels: {tersor.info().kernels['gemm_w8']}\n"
     )
     click.echo(markdown(points))
-    ratios = [p.ratio for p in points]
-    worst = min(points, key=lambda p: p.ratio)
-    click.echo(
-        f"\ntimes the best int8 peer: geometric mean {geometric_mean(ratios):.3f}, worst {worst.ratio:.3f} "
-        f"({worst.k}x{worst.n}, M={worst.m}, {worst.best_peer.name})"
-    )
+    click.echo(f"\n{summary(points)}")
     fp32 = [p.rows["fp32"].timing.best / p.ours.timing.best for p in points]
     click.echo(f"times fp32: geometric mean {geometric_mean(fp32):.2f}, worst {min(fp32):.2f}")
     kernel = [p.rows[KERNEL].of_limit for p in points if p.m >= 256]

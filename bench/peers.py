@@ -4,6 +4,12 @@ name."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +32,6 @@ def onnxruntime(linear: nn.Linear, x: Tensor) -> Layer:
     """Dynamic int8 as onnxruntime.quantization.quantize_dynamic writes it: DynamicQuantizeLinear, MatMulInteger, scales."""
     import numpy as np
     import onnx
-    import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
     only_float32("onnxruntime", x)
@@ -56,15 +61,21 @@ def onnxruntime(linear: nn.Linear, x: Tensor) -> Layer:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
     onnx.checker.check_model(model)
+    return run_onnx(model, x)
+
+
+def run_onnx(model: Any, x: Tensor) -> Layer:
+    """A session of onnxruntime on as many threads as torch has, bound to x, so that a call copies nothing."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    value = ort.OrtValue.ortvalue_from_numpy(x.numpy())
-    binding.bind_ortvalue_input("x", value)
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x.numpy()))
     binding.bind_output("y")
-    return lambda _x: session.run_with_iobinding(binding)
+    return lambda _x: session.run_with_iobinding(binding) or binding
 
 
 @peer("openvino", limit="int8", package="openvino")
@@ -80,15 +91,21 @@ def openvino(linear: nn.Linear, x: Tensor) -> Layer:
     parameter = op.parameter([-1, k], np.float32)
     weight = op.multiply(op.convert(op.constant(w.numpy()), "f32"), op.constant(scale.unsqueeze(1).numpy()))
     y = op.add(op.matmul(parameter, weight, False, True), op.constant(linear.bias.detach().numpy()))
+    return run_openvino(ov.Model([y], [parameter]), x, quantize_rows_by=k)
+
+
+def run_openvino(model: Any, x: Tensor, quantize_rows_by: int) -> Layer:
+    """A request of OpenVINO's CPU plugin on as many threads as torch has; x is quantised in groups of so many along K."""
+    import openvino as ov
+
     config = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": k,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": quantize_rows_by,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
     }
-    compiled = ov.Core().compile_model(ov.Model([y], [parameter]), "CPU", config)
-    request = compiled.create_infer_request()
+    request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
     request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
 
     def run(_x: Tensor) -> object:
@@ -120,19 +137,59 @@ def onednn(linear: nn.Linear, x: Tensor) -> Layer:
     return run
 
 
+_ark_threads: list[int] = []  # how many threads auto-round-lib has in this process, once it has started
+
+
+@contextmanager
+def cores(count: int) -> Iterator[None]:
+    """This thread on so many cores for a while; threads that are started meanwhile see as many."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-count:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def auto_round_kernel() -> ModuleType:
+    """The package, started on as many threads as torch has.
+
+    It counts the cores it may use at its first call and deals the work to so many threads from then on; where OpenMP gives fewer
+    (torch.set_num_threads) the rest of y is never computed, without a word.
+    """
+    threads = torch.get_num_threads()
+    with cores(threads):
+        import auto_round_kernel as ark
+
+        if not _ark_threads:
+            empty = torch.empty(0)
+            kinds = ("int8", "int8", "fp32", False)
+            blob = ark.repack_quantized_weight(torch.zeros(64, 64, dtype=torch.int8), torch.ones(1, 64), empty, 64, *kinds)
+            ark.woqgemm(torch.zeros(1, 64), blob, torch.zeros(64), 64, 64, 64, *kinds)
+            _ark_threads.append(threads)
+    if _ark_threads[0] != threads:
+        raise Missing(f"auto-round-lib: has {_ark_threads[0]} thread(s) since its first call in this process, not {threads}")
+    return ark
+
+
 @peer("auto-round-lib", limit="int8", package="auto_round_kernel")
 def auto_round(linear: nn.Linear, x: Tensor) -> Layer:
-    """Int8 weights, compute type int8 (activations quantised per row inside)."""
-    import auto_round_kernel as ark
-
+    """Int8 weights, compute type int8 (activations quantised per row inside, where it has a kernel of that for the CPU)."""
     only_float32("auto-round-lib", x)
     w, scale = int8_weight(linear)
+    return run_auto_round(w, scale.unsqueeze(1), linear.bias.detach(), 8)
+
+
+def run_auto_round(w: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Layer:
+    """w int8 [N, K], scale float32 [N, K / group]."""
+    ark = auto_round_kernel()
     n, k = w.shape
-    wt = w.t().contiguous()
-    kinds = ("int8", "int8", "fp32", False)
-    packed = ark.repack_quantized_weight(wt, scale.unsqueeze(0).contiguous(), torch.empty(0, dtype=torch.int8), k, *kinds)
-    bias = linear.bias.detach()
-    return lambda x: ark.woqgemm(x, packed, bias, n, k, k, *kinds)
+    group = k // scale.shape[1]
+    kinds = ("int8", f"int{bits}", "fp32", False)
+    packed = ark.repack_quantized_weight(
+        w.t().contiguous(), scale.t().contiguous(), torch.empty(0, dtype=torch.int8), group, *kinds
+    )
+    return lambda x: ark.woqgemm(x, packed, bias, n, k, group, *kinds)
 
 
 @peer("bitsandbytes", limit="int8", package="bitsandbytes")

@@ -3,6 +3,7 @@
 import pathlib
 
 import torch
+from cases import fitting
 from torch import nn
 
 import tersor
@@ -11,25 +12,27 @@ DATA = pathlib.Path(__file__).parent / "data"
 K, H, N = 20, 33, 17  # no multiples of the tile
 
 
-def float_model(seed=0, dtype=torch.float32, device="cpu"):
+def float_model(seed=0, dtype=torch.float32, device="cpu", fmt=None):
+    """Sizes K, H, N, or the next that `fmt` can hold."""
     torch.manual_seed(seed)
+    k, h = fitting(fmt, K), fitting(fmt, H)
     with torch.device(device):
-        model = nn.Sequential(nn.Linear(K, H), nn.LayerNorm(H), nn.BatchNorm1d(H), nn.Linear(H, N, bias=False))
+        model = nn.Sequential(nn.Linear(k, h), nn.LayerNorm(h), nn.BatchNorm1d(h), nn.Linear(h, N, bias=False))
     return model.to(dtype).eval()
 
 
 def swapped(fmt=None, seed=0):
-    model = tersor.quantize_(float_model(seed), fmt or tersor.Int8Dynamic())
+    model = tersor.quantize_(float_model(seed, fmt=fmt), fmt or tersor.Int8Dynamic())
     model[2].running_mean.fill_(0.25)
     return model
 
 
-def inputs():
-    return torch.randn(5, K, generator=torch.Generator().manual_seed(7))
+def inputs(k=K):
+    return torch.randn(5, k, generator=torch.Generator().manual_seed(7))
 
 
 def assert_same_model(got, want):
-    x = inputs()
+    x = inputs(getattr(next(got.children(), None), "in_features", K))
     torch.testing.assert_close(got(x), want(x), rtol=0, atol=0)
     a, b = got.state_dict(), want.state_dict()
     assert a.keys() == b.keys()

@@ -25,7 +25,11 @@ import tersor.ops as ops
 REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError)
 LINEAR = ("linear_dynamic", "linear_static", "linear_weight_only")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("quantize_rows", "quantize_static", *LINEAR, "linear_acc", "linear_s8", "input_grad")
+NAMES = (
+    *("quantize_rows", "quantize_static", "binarize_rows", *LINEAR, "linear_grouped", "linear_xnor"),
+    *("linear_acc", "linear_s8", "input_grad"),
+)
+BITS = (8, 4, 2, 1)
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 33, 40, 70)
 SIZES_N = (0, 1, 2, 15, 16, 17, 31, 33, 48, 65, 100)
 SIZES_K = (0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 130, 259, 520)
@@ -99,7 +103,8 @@ class Fuzz:
         x = torch.randn(shape, generator=self.generator)
         if x.numel() and self.chance(0.3):
             flat = x.view(-1)
-            limit = 1e30 if self.name == "linear_weight_only" else 3.4e38  # sums that overflow depend on their order (class F)
+            # sums that overflow depend on their order (class F)
+            limit = 1e30 if self.name in ("linear_weight_only", "linear_grouped", "linear_xnor") else 3.4e38
             for _ in range(self.pick((1, 2, 5))):
                 special = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, 1e-39, 2.0**-100, limit, -limit)
                 flat[int(self.rng.integers(flat.numel()))] = self.pick(special)
@@ -123,7 +128,10 @@ class Fuzz:
     def arguments(self) -> list[Any]:
         m, n, k = self.pick(ROWS), self.pick(SIZES_N), self.pick(SIZES_K)
         lead = self.pick(((m,), (m,), (m,), (), (2, m), (m, 1), (1, m, 2), (0, m)))
-        tiles = self.moved(ops.pack(self.integers(0, 256, (n, k), torch.uint8)))
+        bits = {"linear_grouped": 4, "linear_xnor": 1, "linear_static": 8, "linear_weight_only": 8}.get(self.name, self.pick(BITS))
+        if self.name == "linear_grouped":
+            k = 32 * self.pick((0, 1, 2, 3, 4, 8, 12))
+        tiles = self.moved(ops.pack(self.integers(0, 2**bits, (n, k), torch.uint8), bits))
         scale = self.moved(torch.rand(n, generator=self.generator) * 0.02)
         bias = None if self.chance(0.3) else self.moved(torch.randn(n, generator=self.generator).to(self.pick(FLOATS)))
         epilogue = self.pick(list(ops.EPILOGUES))
@@ -133,16 +141,27 @@ class Fuzz:
         input_scale = self.moved(torch.tensor(self.pick((0.03, -0.5, 0.0, 2.0**-101, torch.inf, torch.nan))))
         if self.name == "quantize_static":
             return [self.view(self.floats((*lead, k))), input_scale]
+        threshold = self.moved(torch.randn(k, generator=self.generator))
+        if self.name == "binarize_rows":
+            return [self.view(self.floats((*lead, k))), threshold]
+        if self.name == "linear_xnor":
+            return [self.view(self.floats((*lead, k))), tiles, scale, threshold, bias, epilogue]
+        if self.name == "linear_grouped":
+            groups = self.pick([g for g in range(1, k // 32 + 1) if k // 32 % g == 0] or [0])
+            relative = self.moved(ops.group_scale_bytes(torch.rand((n, groups), generator=self.generator)))
+            return [self.view(self.floats((*lead, k))), tiles, scale, relative, bias, epilogue]
         if self.name in LINEAR:
             extra = [input_scale] if self.name == "linear_static" else []
-            return [self.view(self.floats((*lead, k))), tiles, scale, bias, *extra, epilogue]
+            width = [bits] if self.name == "linear_dynamic" else []
+            return [self.view(self.floats((*lead, k))), tiles, scale, bias, *extra, epilogue, *width]
         if self.name == "input_grad":
-            return [torch.randn((*lead, n), generator=self.generator), tiles, scale, k]
+            return [torch.randn((*lead, n), generator=self.generator), tiles, scale, k, None, bits]
         q = self.view(self.integers(-127, 128, (*lead, k), torch.int8))
         row_sum = self.moved(q.sum(-1, dtype=torch.int32))
         if self.name == "linear_acc":
-            return [q, row_sum, tiles, n]
-        return [q, self.moved(torch.rand(lead, generator=self.generator)), row_sum, tiles, scale, bias, epilogue, self.pick(FLOATS)]
+            return [q, row_sum, tiles, n, bits]
+        x_scale = self.moved(torch.rand(lead, generator=self.generator))
+        return [q, x_scale, row_sum, tiles, scale, bias, epilogue, self.pick(FLOATS), bits]
 
     def spoil(self) -> None:
         at = self.pick(range(len(self.args)))
@@ -211,8 +230,9 @@ def _large(args: list[Any]) -> bool:
 
 
 def compare(fuzz: Fuzz, got: Any, want: Any) -> None:
-    exact = fuzz.name in ("quantize_rows", "linear_acc") or (
-        fuzz.name in ("linear_dynamic", "linear_s8") and fuzz.args[-1 if fuzz.name == "linear_dynamic" else 6] in ("none", "relu")
+    epilogue_at = {"linear_dynamic": 4, "linear_s8": 6, "linear_xnor": 5}.get(fuzz.name)
+    exact = fuzz.name in ("quantize_rows", "binarize_rows", "linear_acc") or (
+        epilogue_at is not None and fuzz.args[epilogue_at] in ("none", "relu")
     )
     pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
     for g, w in pairs:

@@ -320,7 +320,7 @@ class Unsplittable(Format):
     op = ops.linear_dynamic
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("values", torch.uint8, (n * k // 2,), True),)
+        return (TensorSpec("values", torch.uint8, (n * k // 2,), True, 0),)
 
 
 @check(EVERY_WORLD)

@@ -22,10 +22,10 @@ from tersor.bench import machine as machines
 from tersor.bench import timing
 from tersor.bench.layers import KERNEL, OURS, SHAPES, Bench, shapes_of_model
 from tersor.bench.machine import Limits, Machine
-from tersor.bench.peers import PEERS, Missing, expand, make_peer, peer
-from tersor.bench.timing import Noise, interleaved
+from tersor.bench.our_formats import our_formats
+from tersor.bench.peers import PEERS, Missing, Peer, as_tensor, expand, make_peer, peer, rivals
+from tersor.bench.timing import Noise, hot_and_cold, interleaved
 from tersor.cli import main
-from tersor.formats import FORMATS
 
 pytestmark = pytest.mark.native
 
@@ -94,11 +94,37 @@ def test_percent_of_limit_follows_the_shape():
     assert rows[(64, "fp32")].limited_by == "f32"
 
 
-@pytest.mark.parametrize("name", FORMATS)
+ONE_OP = {"int4-g128": "Int4(group_size=128)", "int4-g64": "Int4(group_size=64)", "int4-g32": "Int4(group_size=32)"}
+ONE_OP["binary-xnor"] = "BinaryXnor()"
+
+
+@pytest.mark.parametrize("name", our_formats())
 def test_every_format_can_be_measured(cache: Path, name: str):
-    assert "tersor kernel" in run(
-        "linear", "--format", name, "--m", "2", "--k", "16", "--n", "16", "--against", "none", "--rounds", "3"
-    )
+    text = run("linear", "--format", name, "--m", "2", "--k", "128", "--n", "16", "--against", "none", "--rounds", "3")
+    said = f"skipped: tersor kernel: {ONE_OP.get(name)} is one op"
+    assert (said in text) == (name in ONE_OP)
+    assert ("tersor kernel │" in text) == (name not in ONE_OP)
+
+
+def test_formats_of_ours_are_contenders():
+    bench = Bench(((64, 64),), (1, 3), our_formats()["ternary"], against=("tersor-int8-dynamic", "tersor-int4-g32"), rounds=3)
+    bench.seconds = 0.0005
+    rows = {(row.m, row.name): row for row in bench.run(MACHINE)}
+    for m in (1, 3):
+        assert rows[(m, "tersor-int8-dynamic")].ratio == 1.0
+        assert {name for rows_of, name in rows if rows_of == m} == {"tersor-int8-dynamic", "tersor-int4-g32", OURS, KERNEL}
+        # bytes of what each stores: tiles, float32 scales and bias; groups have a float16 scale each
+        for name, stored in (("tersor-int8-dynamic", 4096), (OURS, 1024), ("tersor-int4-g32", 2048 + 2 * 2 * 64)):
+            row = rows[(m, name)]
+            assert row.gbytes * row.timing.best * 1e9 == pytest.approx(stored + 8 * 64 + 4 * m * 128)
+    assert expand(["tersor"]) == [f"tersor-{name}" for name in our_formats()]
+
+
+def test_signs_count_against_the_popcount_limit():
+    bench = Bench(((256, 512),), (64,), tersor.BinaryXnor(), against=("fp32",), rounds=3, seconds=0.001)
+    row = next(row for row in bench.run(MACHINE) if row.name == OURS)
+    assert row.limited_by == "popcount"
+    assert row.of_limit == pytest.approx(64 * 256 * 512 / 400e9 / row.timing.best)
 
 
 def test_weight_only_counts_float_arithmetic():
@@ -223,7 +249,7 @@ def test_missing_and_failing_peers_are_skipped_by_name():
     @peer("greedy", limit="int8")
     def greedy(linear, x):
         torch.set_num_threads(2)
-        return lambda x: torch.mm(big, big)
+        return lambda x: (torch.mm(big, big), linear(x))[1]
 
     big = torch.randn(700, 700)
     threads = torch.get_num_threads()
@@ -238,6 +264,75 @@ def test_missing_and_failing_peers_are_skipped_by_name():
         torch.set_num_threads(threads)
         for name in ("absent", "broken", "greedy"):
             del PEERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "run", "reason"),
+    [
+        ("skips-half", 8, lambda y: torch.cat([y[:, :32], torch.zeros_like(y[:, 32:])], 1), "its result is off by 0."),
+        ("is-nan", 2, lambda y: y * torch.nan, "its result is off by nan"),
+        ("other-shape", 4, lambda y: y[:, :63], r"its result is \[64, 63\], expected \[64, 64\]"),
+        ("rounds", 8, lambda y: y.bfloat16(), None),
+        ("as-array", 8, lambda y: QuietArray(y), None),
+    ],
+)
+def test_wrong_results_are_skipped(name: str, bits: int, run: Callable, reason: str | None):
+    @peer(name, limit="int8", bits=bits)
+    def make(linear, x):
+        return lambda x: run(linear(x))
+
+    try:
+        case = (name, nn.Linear(64, 64), torch.randn(64, 64))
+        if reason is None:
+            make_peer(*case)
+        else:
+            with pytest.raises(Missing, match=f"{name}: .*{reason}"), torch.no_grad():
+                make_peer(*case)
+    finally:
+        del PEERS[name]
+
+
+class QuietArray:
+    """What some packages return: the numbers are a numpy array at .data."""
+
+    def __init__(self, y: torch.Tensor) -> None:
+        self.data = y.detach().numpy()
+
+
+class Binding:
+    """onnxruntime's: the outputs are copied on demand."""
+
+    def copy_outputs_to_cpu(self) -> list:
+        return [torch.ones(2).numpy()]
+
+
+def test_outputs_of_all_kinds_are_read():
+    assert as_tensor(Binding()).tolist() == [1, 1]
+    assert as_tensor(QuietArray(torch.ones(2))).tolist() == [1, 1]
+
+
+def test_rivals_are_of_the_same_width_and_group():
+    for name, group in (("four", 0), ("four-g32", 32)):
+        peer(name, limit="int8", bits=4, group=group)(lambda linear, x: linear)
+    try:
+        assert set(rivals(4)) >= {"four", "four-g32"}
+        assert "four" not in rivals(4, 32)
+        assert "four-g32" in rivals(4, 32)
+        assert not any(name.startswith("tersor") for bits in (1, 2, 4, 8) for name in rivals(bits))
+        assert "fp32" not in rivals(8)
+    finally:
+        del PEERS["four"], PEERS["four-g32"]
+
+
+def test_bytes_of_a_peers_weights():
+    def weight_bytes(bits: int, group: int = 0, item: int = 4) -> int:
+        return Peer("", lambda linear, x: linear, "int8", bits=bits, group=group).weight_bytes(16, 64, item)
+
+    assert weight_bytes(32) == 16 * 64 * 4
+    assert weight_bytes(32, item=2) == 16 * 64 * 2
+    assert weight_bytes(8) == 16 * 64 + 16 * 4
+    assert weight_bytes(4, group=32) == 16 * 32 + 16 * 2 * 4
+    assert weight_bytes(1) == 16 * 8 + 16 * 4
 
 
 def test_engines_of_quantize_dynamic_are_one_name():
@@ -339,3 +434,28 @@ def test_interleaved_calls_everyone_in_turn():
     assert all(0 < t.best <= t.median and math.isfinite(t.median) for t in times.values())
     # a warm-up of three, then per round one call more than is timed; who begins alternates
     assert calls == list("aaabbb") + list("aabb" + "bbaa") * 2
+
+
+def test_hot_calls_follow_each_other_and_cold_ones_an_eviction(monkeypatch):
+    machine = QuietMachine()
+    monkeypatch.setattr(timing, "time", machine)
+    warm: set[str] = set()
+    calls: list[str] = []
+
+    def work(name: str) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            machine.now += 0.001 if name in warm else 0.004
+            warm.add(name)
+
+        return run
+
+    def evict() -> None:
+        machine.now += 1.0  # not part of any figure
+        warm.clear()
+
+    times = hot_and_cold({"a": work("a"), "b": work("b")}, evict, rounds=3, calls=5)
+    assert calls == list("ab") + list("aaaaabbbbb") * 3
+    for hot, cold in times.values():
+        assert hot == pytest.approx((0.001, 0.001))
+        assert cold == pytest.approx((0.004, 0.004))

@@ -211,7 +211,7 @@ def test_misaligned(tmp_path, fmt, at):
     header = data[8 : 8 + size].rstrip()
     header += b" " * ((at - 8 - len(header)) % 64)  # the data begin at `at` modulo 64
     path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
-    for target in (float_model(1), float_model(1, device="meta"), swapped(fmt, seed=1)):
+    for target in (float_model(1, fmt=fmt), float_model(1, device="meta", fmt=fmt), swapped(fmt, seed=1)):
         assert_same_model(load_(target, path), model)
     # The same without safetensors: views of a mapping, which a meta model takes over as they are.
     with open(path, "rb") as file:
@@ -221,7 +221,7 @@ def test_misaligned(tmp_path, fmt, at):
         begin = json.loads(header)[key]["data_offsets"][0] + 8 + len(header)
         state[key] = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=begin).view(t.shape)
     assert state["0.weight_scale"].data_ptr() % 4 == at % 4
-    other = load_(float_model(1, device="meta"), state)
+    other = load_(float_model(1, device="meta", fmt=fmt), state)
     assert other[0].weight_packed.data_ptr() == state["0.weight_packed"].data_ptr()
     assert other[0].weight_scale.data_ptr() % 4 == 0
     assert_same_model(other, model)

@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-from cases import EPS, INPUT_SCALE, Case, assert_equal, assert_within
+from cases import EPS, INPUT_SCALE, Case, GroupedCase, assert_equal, assert_within
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tersor
 import tersor.ops as ops
-from tersor import Int8Dynamic, Int8WeightOnly, QuantLinear
+from tersor import Binary, Int4, Int8Dynamic, Int8WeightOnly, QuantLinear
 
 M, N, K, B = 5, 37, 70, 3
 # Float sums whose order torch.mm chooses by the number of rows, so that one large call may round unlike several small ones.
@@ -47,6 +48,12 @@ def arguments(name: str, lead: tuple[int, ...]) -> tuple[list[Tensor], list]:
         return [torch.randn(*lead, N)], [tiles, scale, K]
     if name == "quantize_static":
         return [x], [INPUT_SCALE]
+    if name.startswith(("binarize_rows", "linear_xnor")):
+        _, tiles, scale, threshold, bias = Case(1, N, K).make_xnor()
+        return [x], [threshold] if name == "binarize_rows" else [tiles, scale, threshold, bias, "gelu"]
+    if name.startswith("linear_grouped"):
+        _, tiles, scale, group_scale, bias = GroupedCase(1, N, 64).make_grouped()
+        return [x[..., :64]], [tiles, scale, group_scale, bias, "gelu"]
     if name.startswith("linear_static"):
         return [x], [tiles, scale, bias, INPUT_SCALE, "gelu"]
     return [x], [tiles, scale, bias, "gelu"]
@@ -127,13 +134,20 @@ def test_vmap_without_rows_to_fold():
 
 
 # Int8Static is Int8Dynamic with one more stored tensor: `arguments` covers its ops
-@pytest.fixture(params=[Int8Dynamic(), Int8WeightOnly()], ids=repr)
+@pytest.fixture(params=[Int8Dynamic(), Int8WeightOnly(), Int4(), Binary()], ids=repr)
 def layer(request):
     return QuantLinear.from_linear(nn.Linear(K, N), request.param)
 
 
 def name_of(layer: QuantLinear) -> str:
     return layer.format.op.name
+
+
+def op_of(layer: QuantLinear, raw: bool = False):
+    """The layer's op of (x, weight_packed, weight_scale, bias)."""
+    op = layer.format.op.raw if raw else layer.format.op
+    bits = layer.format.bits
+    return op if bits == 8 else lambda *args: op(*args, "none", bits)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -187,7 +201,7 @@ def test_empty_batches(layer):
     tiles, scale, bias = layer.weight_packed, layer.weight_scale, layer.bias
     x = torch.randn(0, M, K)
     assert_equal(vmap(layer)(x), torch.empty(0, M, N))
-    got = vmap(layer.format.op, in_dims=(0, 0, None, None))(x, tiles.expand(0, *tiles.shape), scale, bias)
+    got = vmap(op_of(layer), in_dims=(0, 0, None, None))(x, tiles.expand(0, *tiles.shape), scale, bias)
     assert_equal(got, torch.empty(0, M, N))
 
 
@@ -272,7 +286,7 @@ def test_gradient_of_a_vmap(layer):
     want = grad(lambda x: layer(x).square().sum())(x)
     assert want.abs().sum() > 0
     assert_within(grad(lambda x: vmap(layer)(x).square().sum())(x), want, bound(want))
-    raw, stored = layer.format.op.raw, (layer.weight_packed, layer.weight_scale, layer.bias)
+    raw, stored = op_of(layer, raw=True), (layer.weight_packed, layer.weight_scale, layer.bias)
     assert_within(grad(lambda x: vmap(lambda x: raw(x, *stored))(x).square().sum())(x), want, bound(want))
     # an outer level asks, the inner one does not
     inner = grad(lambda a, x: (a * raw(x, *stored).square()).sum())
@@ -313,6 +327,32 @@ def test_second_derivative_of_an_epilogue():
     assert_within(got, want.float(), 1e-4 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("fmt", [Int4(32), tersor.BinaryXnor()], ids=repr)
+def test_transforms_of_groups_and_signs(fmt):
+    """The layers whose op has one more stored tensor: one call for a batch, gradients through it, and members of an ensemble."""
+    layer = QuantLinear.from_linear(nn.Linear(64, N), fmt)
+    if "threshold" in dict(layer.named_buffers()):
+        layer.threshold.uniform_(-0.5, 0.5)
+    x = torch.randn(B, M, 64)
+    with Calls() as calls:
+        got = vmap(layer)(x)
+    assert calls.names == [name_of(layer) + "_differentiable"]
+    assert_equal(got, layer(x))
+    want = grad(lambda x: layer(x).square().sum())(x)
+    assert want.abs().sum() > 0
+    assert_within(grad(lambda x: vmap(layer)(x).square().sum())(x), want, bound(want))
+    assert_within(vmap(grad(lambda x: layer(x).square().sum()))(x), want, bound(want))
+    leaf = x.clone().requires_grad_()
+    layer(leaf).square().sum().backward()
+    assert_within(leaf.grad, want, bound(want))
+    hessian = jacrev(jacrev(lambda x: layer(x).pow(3).sum()))(x[0, 0])
+    assert torch.isfinite(hessian).all() and hessian.abs().sum() > 0
+    models = [QuantLinear.from_linear(nn.Linear(64, N), fmt) for _ in range(B)]
+    base = copy.deepcopy(models[0]).to("meta")
+    got = vmap(lambda p, b, x: functional_call(base, (p, b), (x,)))(*stack_module_state(models), x)
+    assert_same(name_of(layer), got, torch.stack([model(each) for model, each in zip(models, x, strict=True)]))
+
+
 NO_FORWARD_MODE = r": there is no forward-mode derivative \(jvp, jacfwd, hessian\); use reverse mode: torch.func.vjp, grad"
 
 
@@ -329,7 +369,7 @@ def test_forward_mode_is_refused(layer, grad_mode: bool):
         with torch.autograd.forward_ad.dual_level():
             with pytest.raises(NotImplementedError, match=message):
                 layer(torch.autograd.forward_ad.make_dual(x, x))
-            assert_equal(layer(x), layer.format.op.raw(x, layer.weight_packed, layer.weight_scale, layer.bias))
+            assert_equal(layer(x), op_of(layer, raw=True)(x, layer.weight_packed, layer.weight_scale, layer.bias))
 
 
 def test_forward_mode_of_input_grad_is_refused():
@@ -341,9 +381,9 @@ def test_forward_mode_of_input_grad_is_refused():
 def test_ops_on_integers_have_no_gradients(layer):
     """As in eager mode, torch's own backward warns; here it then gives zeros."""
     rows = ops.quantize_rows(torch.randn(M, K))
-    tiles, scale, bias = layer.weight_packed, layer.weight_scale, layer.bias
+    tiles, scale, bias, bits = layer.weight_packed, layer.weight_scale, layer.bias, layer.format.bits
     with pytest.warns(UserWarning, match="tersor::linear_s8: an autograd kernel was not registered"):
-        got = grad(lambda bias: ops.linear_s8(*rows, tiles, scale, bias).sum())(bias.detach())
+        got = grad(lambda bias: ops.linear_s8(*rows, tiles, scale, bias, bits=bits).sum())(bias.detach())
     assert_equal(got, torch.zeros(N))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FORMATS, assert_equal, assert_within
+from cases import ANY_K, GROUPED, assert_equal, assert_within
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -27,12 +27,16 @@ def _no_compiled_code_of_other_tests():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=FORMATS, ids=repr)
+# One of each op, and of linear_dynamic two widths: a graph sees the op and its arguments, not the codes. GROUPED has tests of its own.
+GRAPH_FORMATS = [fmt for fmt in ANY_K if not isinstance(fmt, tersor.Ternary | tersor.Binary) or isinstance(fmt, tersor.BinaryXnor)]
+
+
+@pytest.fixture(params=GRAPH_FORMATS, ids=repr)
 def fmt(request):
     return request.param
 
 
-def mlp(fmt=FORMATS[0]) -> nn.Sequential:
+def mlp(fmt=GRAPH_FORMATS[0]) -> nn.Sequential:
     return tersor.quantize_(nn.Sequential(nn.Linear(70, 37), nn.ReLU(), nn.Linear(37, 20)), fmt).eval()
 
 
@@ -365,3 +369,28 @@ def test_make_fx(fmt):
     for x in inputs(3, 8):
         assert_equal(graph(x), model(x))
     assert sum(node.target is fmt.op.raw for node in graph.graph.nodes) == 2
+
+
+# ---- a layer with group scales
+
+
+def test_graphs_of_groups():
+    model = tersor.quantize_(nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 20)), GROUPED).eval()
+    x = torch.randn(5, 96)
+    for backend in BACKENDS:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+        for m in (5, 9):
+            assert_equal(compiled(torch.randn(m, 96, generator=torch.Generator().manual_seed(m))),
+                         model(torch.randn(m, 96, generator=torch.Generator().manual_seed(m))))  # fmt: skip
+        leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        compiled(leaf).sum().backward()
+        model(other).sum().backward()
+        assert_within(leaf.grad, other.grad, 1e-5 * other.grad.abs().max().item())
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        assert tersor_calls(program) == ["linear_grouped"] * 2
+        assert_equal(program.module()(x), model(x))
+        assert_equal(torch.jit.trace(model, x)(x), model(x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert QuantLinear(96, 37, format=GROUPED)(torch.empty(4, 96)).shape == (4, 37)

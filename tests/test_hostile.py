@@ -11,7 +11,7 @@ import fuzz_raw_ops
 import numpy as np
 import pytest
 import torch
-from cases import EPS, FORMATS, INPUT_SCALE, Case, assert_equal, assert_within
+from cases import ANY_K, EPS, FORMATS, INPUT_SCALE, INT8, Case, GroupedCase, assert_equal, assert_within, fitting
 from torch import nn
 
 import tersor
@@ -23,7 +23,7 @@ LAYERS = ["linear_dynamic", "linear_weight_only"]
 N, K = 20, 24
 
 
-@pytest.fixture(params=FORMATS, ids=repr)
+@pytest.fixture(params=ANY_K, ids=repr)
 def layer(request):
     return QuantLinear.from_linear(nn.Linear(K, N), request.param)
 
@@ -89,6 +89,11 @@ def test_arguments_that_are_no_dense_tensors():
         "linear_s8": {"q": q, "scale": x_scale, "row_sum": row_sum, "weight_packed": tiles, "weight_scale": scale, "bias": bias},
         "input_grad": {"grad": torch.randn(3, N), "weight_packed": tiles, "weight_scale": scale, "in_features": K},
     }
+    x, tiles, scale, threshold, bias = Case(3, N, K).make_xnor()
+    good["binarize_rows"] = {"x": x, "threshold": threshold}
+    good["linear_xnor"] = {"x": x, "weight_packed": tiles, "weight_scale": scale, "threshold": threshold, "bias": bias}
+    x, tiles, scale, groups, bias = GroupedCase(3, N, 64).make_grouped()
+    good["linear_grouped"] = {"x": x, "weight_packed": tiles, "weight_scale": scale, "group_scale": groups, "bias": bias}
     assert good.keys() == {name for name in ops.OPS if not name.endswith("_differentiable")}
     for name, arguments in good.items():
         ops.OPS[name](**arguments)
@@ -151,6 +156,51 @@ def test_raw_ops_check_again():
             call()
 
 
+@pytest.mark.native
+def test_raw_ops_of_few_bits_check_again():
+    """The same for widths, groups and thresholds: what would make a kernel read beyond its tensors."""
+    raw = torch.ops.tersor
+    calls = []
+    for bits in (4, 2, 1):
+        x, tiles, scale, bias = Case(3, N, 70, bits=bits).make()
+        q, x_scale, row_sum = ops.quantize_rows(x)
+        other = 4 if bits == 1 else bits // 2
+        calls += [
+            lambda x=x, t=tiles, s=scale, o=other: raw.linear_dynamic(x, t, s, None, "none", o),
+            lambda q=q, r=row_sum, t=tiles, o=other: raw.linear_acc(q, r, t, N, o),
+            lambda q=q, a=x_scale, r=row_sum, t=tiles, s=scale, o=other: raw.linear_s8(
+                q, a, r, t, s, None, "none", torch.float32, o
+            ),
+            lambda x=x, t=tiles[:, :-1], s=scale, b=bits: raw.linear_dynamic(x, t, s, None, "none", b),
+            lambda x=x, t=tiles[..., ::2], s=scale, b=bits: raw.linear_dynamic(x, t, s, None, "none", b),
+        ]
+    x, tiles, scale, bias = Case(3, N, 70).make()
+    calls += [
+        lambda b=bits: raw.linear_dynamic(x, tiles, scale, bias, "none", b)
+        for bits in (0, 3, 5, 7, -1, -8, 16, 32, 2**40, -(2**63))
+    ]
+    x, tiles, scale, groups, bias = GroupedCase(3, N, 128).make_grouped()
+    for wrong in (groups[:1], groups[:, :3], groups[:, :0], groups[..., :16], groups.char(), groups[0], groups[None],
+                  groups.repeat(1, 2, 1), groups.transpose(0, 1).contiguous().transpose(0, 1), groups[:, :1].expand(2, 4, 32),
+                  torch.zeros(2, 4, 64, dtype=torch.uint8)[..., ::2], groups.to("meta"), groups.to_sparse(),
+                  torch.zeros((), dtype=torch.uint8).expand(2, 2**40, 32)):  # fmt: skip
+        calls.append(lambda g=wrong: raw.linear_grouped(x, tiles, scale, g, bias))
+    calls.append(lambda: raw.linear_grouped(x[:, :96], tiles, scale, groups, bias))
+    calls.append(lambda: raw.linear_grouped(x, tiles[:, :8], scale, groups, bias))
+    calls.append(lambda: raw.linear_grouped(x, tiles, scale[:16], groups, bias))
+    y, signs, y_scale, threshold, y_bias = Case(3, N, 70).make_xnor()
+    for wrong in (threshold[:69], threshold.double(), threshold.half(), threshold[None], torch.tensor(0.0), torch.zeros(140)[::2],
+                  torch.zeros(1).expand(70), threshold.to("meta"), threshold.to_sparse()):  # fmt: skip
+        calls.append(lambda t=wrong: raw.binarize_rows(y, t))
+        calls.append(lambda t=wrong: raw.linear_xnor(y, signs, y_scale, t, y_bias))
+    calls.append(lambda: raw.linear_xnor(y, signs[:, :2], y_scale, threshold, y_bias))
+    calls.append(lambda: raw.linear_xnor(y.long(), signs, y_scale, threshold, y_bias))
+    calls.append(lambda: raw.binarize_rows(torch.zeros(1, 132105), torch.zeros(132105)))
+    for i, call in enumerate(calls):
+        with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+            pytest.fail(f"call {i} was taken: {call()}")
+
+
 # ---- sizes
 
 
@@ -171,13 +221,15 @@ def test_smallest_sizes(op, n, k):
 @pytest.mark.parametrize("fmt", FORMATS, ids=repr)
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 0), (0, 0), (1, 1), (1, 5), (5, 1)])
 def test_smallest_modules(fmt, n, k, tmp_path):
+    k = fitting(fmt, k)
     model = nn.Sequential(nn.Linear(k, n))
     want = model(x := torch.randn(4, k))
+    bound = 0.05 if fmt in INT8 else 2.0 + 4 * k  # few bits: the shapes and no more
     tersor.quantize_(model, fmt)
-    assert_within(model(x), want, 0.05)
+    assert_within(model(x), want, bound)
     tersor.save(model, tmp_path / "m.safetensors")
     assert_equal(tersor.load_(nn.Sequential(nn.Linear(k, n)), tmp_path / "m.safetensors")(x), model(x))
-    assert_within(tersor.dequantize_(model)(x), want, 0.05)
+    assert_within(tersor.dequantize_(model)(x), want, bound)
 
 
 def test_k_above_the_exact_range(op):
@@ -443,13 +495,14 @@ def test_state_dict_of_another_format_by_torchs_own_loader(layer):
     other = QuantLinear(K, N, format=next(f for f in FORMATS if f != layer.format))
     before = {name: t.clone() for name, t in other.state_dict().items()}
     for assign in (False, True):
-        with pytest.raises(ValueError, match=r"the state is in format Int8\w+\(\), this layer in Int8\w+\(\)"):
+        with pytest.raises(ValueError, match=r"the state is in format \w+\(.*\), this layer in Int8\w+\(\)"):
             other.load_state_dict(layer.state_dict(), assign=assign)
     small = QuantLinear(K, N - 4, format=layer.format)
     with pytest.raises((RuntimeError, ValueError), match=r"out_features=20|weight_scale"):
         small.load_state_dict(layer.state_dict())
     short = layer.state_dict() | {"weight_packed": layer.weight_packed[:1]}
-    with pytest.raises(RuntimeError, match=r"size mismatch for weight_packed: .*\[1, 6, 64\].*\[2, 6, 64\]"):
+    steps = layer.weight_packed.shape[1]
+    with pytest.raises(RuntimeError, match=rf"size mismatch for weight_packed: .*\[1, {steps}, 64\].*\[2, {steps}, 64\]"):
         QuantLinear(K, N, format=layer.format).load_state_dict(short)
     assert before.keys() == other.state_dict().keys()
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case
+from cases import ALL_WIDTHS, CASES, GROUPED_CASES, Case, GroupedCase
 
 import tersor.numpy as tn
 import tersor.ops as ops
@@ -42,6 +42,71 @@ def test_same_bits_as_torch(case: Case):
     assert np.array_equal(got, ops.linear_static(x, tiles, scale, bias.float(), torch.tensor(step), "relu").numpy())
     torch.set_num_threads(1)  # float sums are in the same order where the split over threads is
     assert np.array_equal(tn.linear_weight_only(xn, tn_tiles, sn, None), ops.linear_weight_only(x, tiles, scale, None).numpy())
+
+
+@pytest.mark.parametrize("case", [c for c in ALL_WIDTHS if c.dtype != torch.bfloat16 and c.bits != 8][::5], ids=str)
+def test_few_bits_have_the_same_bits_as_torch(case: Case):
+    x, tiles, scale, bias = case.make()
+    xn, tiles_n, sn, bn, bits = x.numpy(), tiles.numpy(), scale.numpy(), bias.float().numpy(), case.bits
+    w = tn.unpack(tiles_n, case.n, case.k, bits)
+    assert np.array_equal(w, ops.to_rows(tiles, case.n, case.k, bits).numpy())
+    assert np.array_equal(tn.pack(w, bits), tiles_n)
+    q, s, r = tn.quantize_rows(xn)
+    rows = tuple(map(torch.from_numpy, (q, s, r)))
+    assert np.array_equal(tn.linear_acc(q, r, tiles_n, case.n, bits), ops.linear_acc(rows[0], rows[2], tiles, case.n, bits).numpy())
+    got = tn.linear_dynamic(xn, tiles_n, sn, bn, "silu", bits)
+    assert np.array_equal(got, ops.linear_dynamic(x, tiles, scale, bias.float(), "silu", bits).numpy())
+    got = tn.linear_s8(q, s, r, tiles_n, sn, bn, "silu", bits)
+    assert np.array_equal(got, ops.linear_s8(*rows, tiles, scale, bias.float(), "silu", bits=bits).numpy())
+    if bits == 1:
+        x, tiles, scale, threshold, bias = case.make_xnor()
+        xn, threshold_n = x.numpy(), threshold.numpy()
+        for got, want in zip(tn.binarize_rows(xn, threshold_n), ops.binarize_rows(x, threshold), strict=True):
+            assert got.dtype == want.numpy().dtype and np.array_equal(got, want.numpy())
+        got = tn.linear_xnor(xn, tiles.numpy(), scale.numpy(), threshold_n, bias.float().numpy(), "gelu")
+        assert np.array_equal(got, ops.linear_xnor(x, tiles, scale, threshold, bias.float(), "gelu").numpy())
+
+
+@pytest.mark.parametrize("case", [c for c in GROUPED_CASES if c.dtype != torch.bfloat16][::3], ids=str)
+def test_groups_have_the_same_bits_as_torch(case: GroupedCase):
+    x, tiles, scale, group_scale, bias = case.make_grouped()
+    relative = ops.group_scales(group_scale, case.n).numpy()
+    assert np.array_equal(tn.pack_group_scale(relative), group_scale.numpy())
+    torch.set_num_threads(1)
+    got = tn.linear_grouped(x.numpy(), tiles.numpy(), scale.numpy(), group_scale.numpy(), bias.float().numpy(), "relu")
+    assert np.array_equal(got, ops.linear_grouped(x, tiles, scale, group_scale, bias.float(), "relu").numpy())
+
+
+def test_messages_of_few_bits():
+    w = np.zeros((20, 64), np.int8)
+    x, ones, zeros = np.zeros((2, 64), np.float32), np.ones(20, np.float32), np.zeros(64, np.float32)
+    tiles, groups = tn.pack(w, 4), tn.pack_group_scale(np.ones((20, 2), np.float32))
+    for wrong, bits, message in ((8, 4, "-8 to 7"), (2, 2, "-1 to 1"), (0, 1, "-1 and 1")):
+        with pytest.raises(
+            ValueError, match=f"pack: weight holds values from {wrong} to {wrong}, expected {message} for bits={bits}"
+        ):
+            tn.pack(np.full((2, 2), wrong, np.int8), bits)
+    for call in (
+        lambda: tn.pack(w, 3),
+        lambda: tn.linear_dynamic(x, tiles, ones, None, "none", 3),
+        lambda: tn.packed_shape(1, 1, 0),
+    ):
+        with pytest.raises(ValueError, match="bits is [03], expected one of: 8, 4, 2, 1"):
+            call()
+    with pytest.raises(ValueError, match=r"expected uint8 \(2, 4, 64\) for N=20, K=64 at bits=2"):
+        tn.linear_dynamic(x, tiles, ones, None, "none", 2)
+    for wrong in (groups[:1], groups[..., :16], groups.view(np.int8), groups[0]):
+        with pytest.raises(ValueError, match=r"linear_grouped: group_scale is .*, expected uint8 \(2, G, 32\)"):
+            tn.linear_grouped(x, tiles, ones, wrong)
+    for wrong in (groups[:, :0], np.zeros((2, 4, 32), np.uint8), np.zeros((2, 3, 32), np.uint8)):
+        with pytest.raises(ValueError, match=r"holds [043] groups of K=64, K / G must be a multiple of 32"):
+            tn.linear_grouped(x, tiles, ones, wrong)
+    with pytest.raises(ValueError, match="binarize_rows: threshold has 63 elements, expected K=64"):
+        tn.binarize_rows(x, zeros[1:])
+    with pytest.raises(ValueError, match="linear_xnor: threshold is float64"):
+        tn.linear_xnor(x, tn.pack(w | 1, 1), ones, zeros.astype(np.float64))
+    with pytest.raises(ValueError, match="pack_group_scale: scale is int64"):
+        tn.pack_group_scale(np.ones((2, 2), np.int64))
 
 
 @pytest.mark.parametrize("layout", ["fortran", "strided", "reversed", "read_only", "misaligned"])

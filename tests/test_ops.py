@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import INPUT_SCALE, Case, assert_equal, assert_within, linear_op
+from cases import INPUT_SCALE, Case, GroupedCase, assert_equal, assert_within, linear_op
 from torch.library import opcheck
 
 import tersor.ops as ops
@@ -19,6 +19,16 @@ def layer():
 
 def arguments(name: str, layer) -> tuple:
     x, tiles, scale, bias = layer
+    if name.startswith("linear_grouped"):
+        x, tiles, scale, group_scale, bias = GroupedCase(5, 37, 96).make_grouped()
+        grad = name.endswith("_differentiable")
+        return (x.requires_grad_(grad), tiles, scale, group_scale, bias.requires_grad_(grad), "silu")
+    if name.startswith(("linear_xnor", "binarize_rows")):
+        x, tiles, scale, threshold, bias = Case(5, 37, 70).make_xnor()
+        if name == "binarize_rows":
+            return (x, threshold)
+        grad = name.endswith("_differentiable")
+        return (x.requires_grad_(grad), tiles, scale, threshold, bias.requires_grad_(grad), "silu")
     q, x_scale, row_sum = ops.quantize_rows(x)
     if name == "quantize_rows":
         return (x,)
@@ -44,6 +54,20 @@ def arguments(name: str, layer) -> tuple:
 def test_opcheck(name: str, layer):
     # every op of the list: a new one without arguments here fails
     opcheck(ops.OPS[name].raw, arguments(name, layer))
+
+
+@pytest.mark.parametrize("bits", [4, 2, 1])
+@pytest.mark.parametrize("name", ["linear_dynamic", "linear_acc", "linear_s8", "linear_dynamic_differentiable"])
+def test_opcheck_of_every_width(name: str, bits: int):
+    args = arguments(name, Case(5, 37, 70, bits=bits).make())
+    opcheck(ops.OPS[name].raw, args, {"bits": bits})
+
+
+def test_opcheck_of_the_gradient_of_groups():
+    _, tiles, scale, group_scale, _ = GroupedCase(5, 37, 96).make_grouped()
+    grad = torch.randn(5, 37)
+    opcheck(ops.input_grad.raw, (grad, tiles, scale, 96, group_scale, 4))
+    opcheck(ops.input_grad_differentiable.raw, (grad.requires_grad_(), tiles, scale, 96, group_scale, 4))
 
 
 @pytest.mark.parametrize("name", ops.OPS)
@@ -97,6 +121,52 @@ def test_gradients(name: str, epilogue: str):
     for g, r in zip(got, want, strict=True):
         # 40 products of float32 in a different order
         assert_within(g, r, 1e-5 * r.abs().max().item())
+
+
+@pytest.mark.parametrize("epilogue", ["none", "silu"])
+@pytest.mark.parametrize("kind", [4, 2, 1, "groups", "signs"])
+def test_gradients_of_few_bits(kind, epilogue: str):
+    m, n, k = 6, 21, 64
+    threshold = None
+    if kind == "groups":
+        x, tiles, scale, group_scale, bias = GroupedCase(m, n, k).make_grouped()
+        relative = ops.group_scales(group_scale, n).repeat_interleave(32, 1)
+        op, bits = lambda x, bias, epilogue="none": ops.linear_grouped(x, tiles, scale, group_scale, bias, epilogue), 4
+    elif kind == "signs":
+        x, tiles, scale, threshold, bias = Case(m, n, k).make_xnor()
+        op, bits = lambda x, bias, epilogue="none": ops.linear_xnor(x, tiles, scale, threshold, bias, epilogue), 1
+    else:
+        x, tiles, scale, bias = Case(m, n, k, bits=kind).make()
+        op, bits = lambda x, bias, epilogue="none": ops.linear_dynamic(x, tiles, scale, bias, epilogue, kind), kind
+    w = ops.to_rows(tiles, n, k, bits).float() * scale.unsqueeze(1)
+    if kind == "groups":
+        w = w * relative
+    x.requires_grad_()
+    bias.requires_grad_()
+    y = op(x, bias, epilogue)
+    assert_equal(y.detach(), op(x.detach(), bias.detach(), epilogue))
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, bias), grad, create_graph=True)
+
+    before = op(x.detach(), bias.detach()).requires_grad_()
+    (slope,) = torch.autograd.grad(ops.EPILOGUES[epilogue](before), before, grad)
+    want = slope @ w
+    if threshold is not None:
+        near = (x.detach() - threshold).abs() <= 1
+        want = torch.where(near, want * ops.binarize_rows(x.detach(), threshold)[1].unsqueeze(1), 0.0)
+        assert 0.2 < near.float().mean() < 0.8
+    # at most 64 products of float32 in a different order
+    assert_within(got[0], want, 1e-5 * want.abs().max().item())
+    assert_within(got[1], slope.sum(0), 1e-5 * slope.sum(0).abs().max().item())
+    if epilogue == "none":
+        # grad_x is linear in grad: so is what a second derivative of the layers before it needs
+        leaf = grad.clone().requires_grad_()
+        first = torch.autograd.grad(op(x, bias), x, leaf, create_graph=True)[0]
+        probe = torch.randn_like(first)
+        (second,) = torch.autograd.grad(first, leaf, probe)
+        if threshold is not None:
+            probe = torch.where(near, probe * ops.binarize_rows(x.detach(), threshold)[1].unsqueeze(1), 0.0)
+        assert_within(second, probe @ w.t(), 1e-5 * second.abs().max().item())
 
 
 def test_gradient_only_where_asked(layer):
@@ -177,6 +247,41 @@ def bad_inputs():
     yield "linear_acc", (q, row_sum, tiles, -1), ValueError, "out_features is -1"
     yield "linear_s8", (q, x_scale[:1], row_sum, tiles, scale, bias), ValueError, r"scale is torch.float32 \[1\]"
     yield "linear_s8", (q, x_scale, row_sum, tiles, scale, bias, "none", torch.int32), TypeError, "out_dtype is torch.int32"
+    yield "linear_dynamic", (x, tiles, scale, bias, "none", 3), ValueError, "bits is 3, expected one of: 8, 4, 2, 1"
+    yield "linear_acc", (q, row_sum, tiles, 20, 0), ValueError, "bits is 0, expected one of: 8, 4, 2, 1"
+    yield (
+        "linear_s8",
+        (q, x_scale, row_sum, tiles, scale, bias, "none", torch.float32, -8),
+        ValueError,
+        "bits is -8, expected one of",
+    )
+    yield "input_grad", (torch.zeros(3, 20), tiles, scale, 24, None, 16), ValueError, "bits is 16, expected one of"
+    message = r"x has K=24, but weight_packed \[2, 6, 64\] holds K in \[41, 48\] at bits=4"
+    yield "linear_dynamic", (x, tiles, scale, bias, "none", 4), ValueError, message
+    yield "linear_acc", (q, row_sum, tiles, 20, 2), ValueError, r"expected \[2, 2, 64\] for N=20, K=24 at bits=2"
+    x64, tiles4, scale, group_scale, bias = GroupedCase(3, 20, 64).make_grouped()
+    for wrong, message in (
+        (group_scale.char(), r"group_scale is torch.int8 \[2, 2, 32\], expected torch.uint8 \[2, G, 32\]"),
+        (group_scale[:1], r"group_scale is torch.uint8 \[1, 2, 32\], expected torch.uint8 \[2, G, 32\]"),
+        (group_scale[..., :16], r"group_scale is torch.uint8 \[2, 2, 16\], expected"),
+        (group_scale[0], r"group_scale is torch.uint8 \[2, 32\], expected"),
+        (group_scale[:, :0], r"group_scale is \[2, 0, 32\], 0 groups of K=64; .* multiple of 32, G that fit: 1, 2"),
+        (torch.zeros(2, 4, 32, dtype=torch.uint8), r"4 groups of K=64; .* G that fit: 1, 2"),
+        (group_scale.to("meta"), "group_scale is on meta, x on cpu"),
+    ):
+        yield "linear_grouped", (x64, tiles4, scale, wrong, bias), ValueError, message
+    yield "linear_grouped", (x64[:, :60], tiles4, scale, group_scale, bias), ValueError, "2 groups of K=60; .* G that fit: none"
+    yield "linear_grouped", (x64, tiles, scale, group_scale, bias), ValueError, r"weight_packed \[2, 6, 64\] holds K in \[41, 48\]"
+    yield "linear_grouped", (x64.long(), tiles4, scale, group_scale, bias), TypeError, "x is torch.int64"
+    yield "input_grad", (torch.zeros(3, 20), tiles4, scale, 64, group_scale[:1], 4), ValueError, r"group_scale is torch.uint8 \[1,"
+    x70, tiles1, scale, threshold, bias = Case(3, 20, 70).make_xnor()
+    yield "binarize_rows", (x70.double(), threshold), TypeError, "x is torch.float64"
+    yield "binarize_rows", (x70, threshold.half()), ValueError, r"threshold is torch.float16 \[70\], expected torch.float32 \[70\]"
+    yield "binarize_rows", (x70, threshold[:1]), ValueError, r"threshold is torch.float32 \[1\], expected torch.float32 \[70\]"
+    yield "binarize_rows", (x70, threshold.to("meta")), ValueError, "threshold is on meta, x on cpu"
+    yield "linear_xnor", (x70, tiles1, scale, threshold[1:], bias), ValueError, r"threshold is torch.float32 \[69\], expected"
+    yield "linear_xnor", (x70, tiles1, scale, torch.tensor(0.0), bias), ValueError, r"threshold is torch.float32 \[\], expected"
+    yield "linear_xnor", (x70, tiles1[:, :2], scale, threshold, bias), ValueError, r"holds K in \[33, 64\] at bits=1"
     yield (
         "input_grad",
         (torch.zeros(3, 19), tiles, scale, 24),
@@ -212,6 +317,13 @@ def test_leading_dimensions(shape: tuple[int, ...]):
     assert y.shape == (*shape[:-1], 20)
     assert_equal(y, ops.linear_dynamic.reference(x, tiles, scale, bias))
     assert ops.linear_weight_only(x, tiles, scale, bias).shape == y.shape
+    _, tiles, scale, threshold, bias = Case(1, 20, 24).make_xnor()
+    y = ops.linear_xnor(x, tiles, scale, threshold, bias)
+    assert_equal(y, ops.linear_xnor.reference(x, tiles, scale, threshold, bias))
+    wide = torch.randn(*shape[:-1], 64)
+    _, tiles, scale, group_scale, bias = GroupedCase(1, 20, 64).make_grouped()
+    y = ops.linear_grouped(wide, tiles, scale, group_scale, bias)
+    assert y.shape == (*shape[:-1], 20)
 
 
 def test_empty_k_and_n():
@@ -220,6 +332,12 @@ def test_empty_k_and_n():
     bias = torch.randn(20)
     assert_equal(ops.linear_dynamic(x, tiles, torch.ones(20), bias), bias.expand(3, 20).contiguous())
     assert_equal(ops.linear_weight_only(x, tiles, torch.ones(20), bias), bias.expand(3, 20).contiguous())
+    for bits in (4, 2, 1):
+        assert_equal(ops.linear_dynamic(x, tiles, torch.ones(20), bias, "none", bits), bias.expand(3, 20).contiguous())
+    assert_equal(ops.linear_xnor(x, tiles, torch.ones(20), torch.zeros(0), bias), bias.expand(3, 20).contiguous())
+    no_groups = torch.zeros(2, 0, 32, dtype=torch.uint8)
+    assert_equal(ops.linear_grouped(x, tiles, torch.ones(20), no_groups, bias), bias.expand(3, 20).contiguous())
+    assert ops.binarize_rows(x, torch.zeros(0))[0].shape == (3, 0)
     assert ops.linear_dynamic(torch.randn(3, 8), torch.zeros(0, 2, 64, dtype=torch.uint8), torch.zeros(0), None).shape == (3, 0)
 
 

@@ -12,8 +12,9 @@ import parallel_workers
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cases import FORMATS
 
-from tersor.formats import Int8Dynamic
+from tersor.formats import Format
 from tersor.parallel import placements, split_size, split_unit
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo in this torch")
@@ -87,14 +88,15 @@ def test_split_size():
         split_size("S", "out_features", 0, 16, 2)
 
 
-@pytest.mark.parametrize("n", [16, 32, 384])
-def test_placements_follow_the_list_of_the_format(n: int):
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("n", [32, 384])
+def test_placements_follow_the_list_of_the_format(n: int, fmt: Format):
     """Shapes of the stored tensors of a part, as the format lists them, are those of the whole cut where it is placed."""
     k, ranks = 96, 3
-    for axis, part in (("N", (n, k)), ("K", (n, k))):
-        whole = Int8Dynamic().tensors(n * ranks, k) if axis == "N" else Int8Dynamic().tensors(n, k * ranks)
-        where = placements(Int8Dynamic(), n * ranks if axis == "N" else n, k if axis == "N" else k * ranks, axis)
-        for spec, small in zip(whole, Int8Dynamic().tensors(*part), strict=True):
+    for axis in "NK":
+        n_whole, k_whole = (n * ranks, k) if axis == "N" else (n, k * ranks)
+        where = placements(fmt, n_whole, k_whole, axis)
+        for spec, small in zip(fmt.tensors(n_whole, k_whole), fmt.tensors(n, k), strict=True):
             shape = list(spec.shape)
             if where[spec.name].is_shard():
                 shape[where[spec.name].dim] //= ranks

@@ -51,4 +51,18 @@ inline void check_k(const char* function, int64_t K) {
   if (K > kMaxK) fail(function, "K=", K, " is above ", kMaxK, ", the largest for which int32 sums are exact");
 }
 
+inline int check_bits(const char* function, int64_t bits) {
+  if (bits != 8 && bits != 4 && bits != 2 && bits != 1) fail(function, "bits is ", bits, ", expected 8, 4, 2 or 1");
+  return static_cast<int>(bits);
+}
+
+// Size of the groups of group_scale [ceil(N/16), groups, 32].
+inline int64_t check_groups(const char* function, int64_t K, int64_t groups) {
+  if (K == 0 && groups == 0) return kGroupUnit;
+  if (groups < 1 || K % groups || K / groups % kGroupUnit) {
+    fail(function, "group_scale has ", groups, " groups, which do not split K=", K, " into multiples of ", kGroupUnit);
+  }
+  return K / groups;
+}
+
 }  // namespace tersor

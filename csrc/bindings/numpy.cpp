@@ -46,16 +46,20 @@ const T* exact(const char* function, const char* name, const py::array& a, std::
   return static_cast<const T*>(a.data());
 }
 
+const uint8_t* tiles_of(const char* function, const py::array& weight_packed, int64_t N, int64_t K, int bits) {
+  return exact<uint8_t>(function, "weight_packed", weight_packed,
+                        {tersor::ceil_div(N, tersor::kTileN), tersor::ceil_div(K, tersor::tile_k(bits)), tersor::kTileBytes});
+}
+
 tersor::LinearWeights weights_of(const char* function, const py::array& weight_packed, const py::array& weight_scale,
-                                 const py::object& bias, const std::string& epilogue, int64_t K) {
+                                 const py::object& bias, const std::string& epilogue, int64_t K, int64_t bits) {
   tersor::LinearWeights w{};
   if (weight_scale.ndim() != 1) fail(function, "weight_scale has ", weight_scale.ndim(), " dimensions, expected [N]");
   w.N = weight_scale.shape(0);
   w.K = K;
+  w.bits = tersor::check_bits(function, bits);
   w.weight_scale = exact<float>(function, "weight_scale", weight_scale, {w.N});
-  w.weight_packed =
-      exact<uint8_t>(function, "weight_packed", weight_packed,
-                     {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes});
+  w.weight_packed = tiles_of(function, weight_packed, w.N, K, w.bits);
   if (!bias.is_none()) w.bias = exact<float>(function, "bias", py::cast<py::array>(bias), {w.N});
   w.bias_dtype = Dtype::f32;
   w.activation = tersor::activation_from(function, epilogue);
@@ -90,16 +94,36 @@ py::tuple quantize_static(const py::array& x, float input_scale) {
   return quantize("quantize_static", rows_of("quantize_static", x), nullptr, &input_scale);
 }
 
+py::tuple binarize_rows(const py::array& x, const py::array& threshold) {
+  constexpr const char* kName = "binarize_rows";
+  const auto& table = tersor::table_or_throw();
+  const XRows r = rows_of(kName, x);
+  const float* limits = exact<float>(kName, "threshold", threshold, {r.K});
+  py::array_t<int32_t> bits({r.M, tersor::ceil_div(r.K, tersor::tile_k(1))});
+  py::array_t<float> scale(r.M);
+  auto* bits_out = reinterpret_cast<uint8_t*>(bits.mutable_data());
+  float* scale_out = scale.mutable_data();
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::binarize_rows(table, r.M, r.K, r.rows, limits, bits_out, scale_out);
+  }
+  tersor::check_memory(kName, error);
+  return py::make_tuple(bits, scale);
+}
+
 using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
                                      const tersor::Output&);
 
+// `more(w)` sets what only some layers have.
+template <typename More>
 py::array float_linear(const char* name, LinearDriver driver, const py::array& x, const py::array& weight_packed,
-                       const py::array& weight_scale, const py::object& bias, const float* input_scale,
-                       const std::string& epilogue) {
+                       const py::array& weight_scale, const py::object& bias, const std::string& epilogue, int64_t bits,
+                       More more) {
   const auto& table = tersor::table_or_throw();
   const XRows r = rows_of(name, x);
-  tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K);
-  w.input_scale = input_scale;
+  tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K, bits);
+  more(w);
   py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
   const tersor::Output out{y.mutable_data(), r.rows.dtype};
   const char* error = nullptr;
@@ -111,19 +135,42 @@ py::array float_linear(const char* name, LinearDriver driver, const py::array& x
   return y;
 }
 
+constexpr auto nothing_more = [](tersor::LinearWeights&) {};
+
 py::array linear_dynamic(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
-                         const std::string& epilogue) {
-  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, nullptr, epilogue);
+                         const std::string& epilogue, int64_t bits) {
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, bits, nothing_more);
 }
 
 py::array linear_static(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
                         float input_scale, const std::string& epilogue) {
-  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, &input_scale, epilogue);
+  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, 8,
+                      [&](tersor::LinearWeights& w) { w.input_scale = &input_scale; });
+}
+
+py::array linear_grouped(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
+                         const py::array& group_scale, const py::object& bias, const std::string& epilogue) {
+  constexpr const char* kName = "linear_grouped";
+  return float_linear(kName, tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, 4,
+                      [&](tersor::LinearWeights& w) {
+                        const int64_t groups = group_scale.ndim() == 3 ? group_scale.shape(1) : 0;
+                        w.group_size = tersor::check_groups(kName, w.K, groups);
+                        w.group_scale = exact<uint8_t>(kName, "group_scale", group_scale,
+                                                       {tersor::ceil_div(w.N, tersor::kTileN), groups, tersor::kGroupScaleBytes});
+                      });
+}
+
+py::array linear_xnor(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::array& threshold,
+                      const py::object& bias, const std::string& epilogue) {
+  constexpr const char* kName = "linear_xnor";
+  return float_linear(kName, tersor::linear_xnor, x, weight_packed, weight_scale, bias, epilogue, 1,
+                      [&](tersor::LinearWeights& w) { w.threshold = exact<float>(kName, "threshold", threshold, {w.K}); });
 }
 
 py::array linear_weight_only(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
                              const py::object& bias, const std::string& epilogue) {
-  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, nullptr, epilogue);
+  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue, 8,
+                      nothing_more);
 }
 
 tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array& row_sum, int64_t* M, int64_t* K) {
@@ -135,7 +182,8 @@ tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array
   return {static_cast<const int8_t*>(q.data()), q.strides(0), nullptr, exact<int32_t>(function, "row_sum", row_sum, {*M})};
 }
 
-py::array linear_acc(const py::array& q, const py::array& row_sum, const py::array& weight_packed, int64_t out_features) {
+py::array linear_acc(const py::array& q, const py::array& row_sum, const py::array& weight_packed, int64_t out_features,
+                     int64_t bits) {
   constexpr const char* kName = "linear_acc";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
@@ -144,9 +192,8 @@ py::array linear_acc(const py::array& q, const py::array& row_sum, const py::arr
   tersor::LinearWeights w{};
   w.N = out_features;
   w.K = K;
-  w.weight_packed =
-      exact<uint8_t>(kName, "weight_packed", weight_packed,
-                     {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes});
+  w.bits = tersor::check_bits(kName, bits);
+  w.weight_packed = tiles_of(kName, weight_packed, w.N, K, w.bits);
   py::array_t<int32_t> acc({M, w.N});
   const tersor::Output out{acc.mutable_data(), Dtype::s32};
   const char* error = nullptr;
@@ -159,13 +206,13 @@ py::array linear_acc(const py::array& q, const py::array& row_sum, const py::arr
 }
 
 py::array linear_s8(const py::array& q, const py::array& scale, const py::array& row_sum, const py::array& weight_packed,
-                    const py::array& weight_scale, const py::object& bias, const std::string& epilogue) {
+                    const py::array& weight_scale, const py::object& bias, const std::string& epilogue, int64_t bits) {
   constexpr const char* kName = "linear_s8";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
   tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K);
   rows.scale = exact<float>(kName, "scale", scale, {M});
-  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K);
+  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K, bits);
   py::array_t<float> y({M, w.N});
   const tersor::Output out{y.mutable_data(), Dtype::f32};
   const char* error = nullptr;
@@ -243,6 +290,9 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("quantize_static", &quantize_static);
   m.def("linear_dynamic", &linear_dynamic);
   m.def("linear_static", &linear_static);
+  m.def("binarize_rows", &binarize_rows);
+  m.def("linear_grouped", &linear_grouped);
+  m.def("linear_xnor", &linear_xnor);
   m.def("linear_weight_only", &linear_weight_only);
   m.def("linear_acc", &linear_acc);
   m.def("linear_s8", &linear_s8);

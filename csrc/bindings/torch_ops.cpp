@@ -143,22 +143,52 @@ XRows rows_of(const char* function, const Tensor& x) {
   return r;
 }
 
-tersor::LinearWeights weights_of(const char* function, const Tensor& weight_packed, const Tensor& weight_scale,
-                                 const OptionalTensor& bias, const std::string& epilogue, int64_t K, Keep* keep) {
-  tersor::LinearWeights w{};
-  check_plain(function, "weight_scale", weight_scale);
-  if (weight_scale.dim() != 1) fail(function, "weight_scale has ", weight_scale.dim(), " dimensions, expected [N]");
-  w.N = weight_scale.size(0);
-  w.K = K;
-  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", weight_scale, ScalarType::Float, {w.N}, keep));
-  w.weight_packed = static_cast<const uint8_t*>(
+const uint8_t* tiles_of(const char* function, const Tensor& weight_packed, int64_t N, int64_t K, int bits, Keep* keep) {
+  return static_cast<const uint8_t*>(
       exact(function, "weight_packed", weight_packed, ScalarType::Byte,
-            {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes}, keep));
-  if (bias) {
-    w.bias_dtype = float_dtype(function, "bias", bias->scalar_type());
-    w.bias = exact(function, "bias", *bias, bias->scalar_type(), {w.N}, keep);
+            {tersor::ceil_div(N, tersor::kTileN), tersor::ceil_div(K, tersor::tile_k(bits)), tersor::kTileBytes}, keep));
+}
+
+// The stored tensors of a layer.
+struct Stored {
+  const Tensor& weight_packed;
+  const Tensor& weight_scale;
+  const OptionalTensor& bias;
+  const std::string& epilogue;
+  int64_t bits = 8;
+  const Tensor* input_scale = nullptr;
+  const Tensor* group_scale = nullptr;
+  const Tensor* threshold = nullptr;
+};
+
+tersor::LinearWeights weights_of(const char* function, const Stored& s, int64_t K, Keep* keep) {
+  tersor::LinearWeights w{};
+  check_plain(function, "weight_scale", s.weight_scale);
+  if (s.weight_scale.dim() != 1) fail(function, "weight_scale has ", s.weight_scale.dim(), " dimensions, expected [N]");
+  w.N = s.weight_scale.size(0);
+  w.K = K;
+  w.bits = tersor::check_bits(function, s.bits);
+  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", s.weight_scale, ScalarType::Float, {w.N}, keep));
+  w.weight_packed = tiles_of(function, s.weight_packed, w.N, K, w.bits, keep);
+  if (s.bias) {
+    w.bias_dtype = float_dtype(function, "bias", s.bias->scalar_type());
+    w.bias = exact(function, "bias", *s.bias, s.bias->scalar_type(), {w.N}, keep);
   }
-  w.activation = tersor::activation_from(function, epilogue);
+  w.activation = tersor::activation_from(function, s.epilogue);
+  if (s.input_scale) {
+    w.input_scale = static_cast<const float*>(exact(function, "input_scale", *s.input_scale, ScalarType::Float, {}, keep));
+  }
+  if (s.group_scale) {
+    check_plain(function, "group_scale", *s.group_scale);
+    if (s.group_scale->dim() != 3) fail(function, "group_scale has ", s.group_scale->dim(), " dimensions, expected 3");
+    const int64_t groups = s.group_scale->size(1);
+    w.group_size = tersor::check_groups(function, K, groups);
+    w.group_scale =
+        static_cast<const uint8_t*>(exact(function, "group_scale", *s.group_scale, ScalarType::Byte,
+                                          {tersor::ceil_div(w.N, tersor::kTileN), groups, tersor::kGroupScaleBytes}, keep));
+  }
+  if (s.threshold)
+    w.threshold = static_cast<const float*>(exact(function, "threshold", *s.threshold, ScalarType::Float, {K}, keep));
   return w;
 }
 
@@ -206,34 +236,62 @@ Quantized quantize_static(Tensor x, Tensor input_scale) {
                   static_cast<const float*>(exact(kName, "input_scale", input_scale, ScalarType::Float, {}, &keep)));
 }
 
+using Binarized = std::tuple<Tensor, Tensor>;  // bits, scale
+
+Binarized binarize_rows(Tensor x, Tensor threshold) {
+  constexpr const char* kName = "binarize_rows";
+  const XRows r = rows_of(kName, x);
+  Keep keep;
+  const void* limits = exact(kName, "threshold", threshold, ScalarType::Float, {r.K}, &keep);
+  std::vector<int64_t> sizes = r.out_sizes;
+  sizes.back() = tersor::ceil_div(r.K, tersor::tile_k(1));
+  Tensor bits = empty(sizes, ScalarType::Int);
+  sizes.pop_back();
+  Tensor scale = empty(sizes, ScalarType::Float);
+  tersor::check_memory(
+      kName, tersor::binarize_rows(tersor::table_or_throw(), r.M, r.K, r.rows, static_cast<const float*>(limits),
+                                   static_cast<uint8_t*>(bits.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr())));
+  return {bits, scale};
+}
+
 using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
                                      const tersor::Output&);
 
-Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, const Tensor& weight_packed, const Tensor& weight_scale,
-                    const OptionalTensor& bias, const Tensor* input_scale, const std::string& epilogue) {
+Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, const Stored& stored) {
   const auto& table = tersor::table_or_throw();
   XRows r = rows_of(name, x);
   Keep keep;
-  tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K, &keep);
-  if (input_scale)
-    w.input_scale = static_cast<const float*>(exact(name, "input_scale", *input_scale, ScalarType::Float, {}, &keep));
+  const tersor::LinearWeights w = weights_of(name, stored, r.K, &keep);
   r.out_sizes.back() = w.N;
   Tensor y = empty(r.out_sizes, x.scalar_type());
   tersor::check_memory(name, driver(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
   return y;
 }
 
-Tensor linear_dynamic(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
-  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, nullptr, epilogue);
+Tensor linear_dynamic(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue,
+                      int64_t bits) {
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, {weight_packed, weight_scale, bias, epilogue, bits});
 }
 
 Tensor linear_static(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, Tensor input_scale,
                      std::string epilogue) {
-  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, &input_scale, epilogue);
+  return float_linear("linear_static", tersor::linear_dynamic, x, {weight_packed, weight_scale, bias, epilogue, 8, &input_scale});
+}
+
+Tensor linear_grouped(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor group_scale, OptionalTensor bias,
+                      std::string epilogue) {
+  return float_linear("linear_grouped", tersor::linear_dynamic, x,
+                      {weight_packed, weight_scale, bias, epilogue, 4, nullptr, &group_scale});
+}
+
+Tensor linear_xnor(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor threshold, OptionalTensor bias,
+                   std::string epilogue) {
+  return float_linear("linear_xnor", tersor::linear_xnor, x,
+                      {weight_packed, weight_scale, bias, epilogue, 1, nullptr, nullptr, &threshold});
 }
 
 Tensor linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
-  return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, nullptr, epilogue);
+  return float_linear("linear_weight_only", tersor::linear_weight_only, x, {weight_packed, weight_scale, bias, epilogue});
 }
 
 // q [..., K] int8 with any row stride; row_sum (and scale) one for each row, contiguous.
@@ -260,7 +318,7 @@ tersor::S8Rows s8_rows(const char* function, const Tensor& q, const Tensor& row_
   return {static_cast<const int8_t*>(held.const_data_ptr()), ldq, nullptr, static_cast<const int32_t*>(sums)};
 }
 
-Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_features) {
+Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_features, int64_t bits) {
   constexpr const char* kName = "linear_acc";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
@@ -271,9 +329,8 @@ Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_fe
   tersor::LinearWeights w{};
   w.N = out_features;
   w.K = K;
-  w.weight_packed = static_cast<const uint8_t*>(
-      exact(kName, "weight_packed", weight_packed, ScalarType::Byte,
-            {tersor::ceil_div(w.N, tersor::kTileN), tersor::ceil_div(K, tersor::kTileK8), tersor::kTileBytes}, &keep));
+  w.bits = tersor::check_bits(kName, bits);
+  w.weight_packed = tiles_of(kName, weight_packed, w.N, K, w.bits, &keep);
   sizes.back() = w.N;
   Tensor acc = empty(sizes, ScalarType::Int);
   tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {acc.mutable_data_ptr(), Dtype::s32}));
@@ -281,7 +338,7 @@ Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_fe
 }
 
 Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias,
-                 std::string epilogue, ScalarType out_dtype) {
+                 std::string epilogue, ScalarType out_dtype, int64_t bits) {
   constexpr const char* kName = "linear_s8";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
@@ -290,7 +347,7 @@ Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, T
   tersor::S8Rows rows = s8_rows(kName, q, row_sum, &M, &K, &keep, &sizes);
   rows.scale = static_cast<const float*>(per_row(kName, "scale", scale, ScalarType::Float, q, &keep));
   const Dtype dtype = float_dtype(kName, "out_dtype", out_dtype);
-  const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K, &keep);
+  const tersor::LinearWeights w = weights_of(kName, {weight_packed, weight_scale, bias, epilogue, bits}, K, &keep);
   sizes.back() = w.N;
   Tensor y = empty(sizes, out_dtype);
   tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {y.mutable_data_ptr(), dtype}));
@@ -305,6 +362,9 @@ STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) {
   m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
   m.impl("linear_static", TORCH_BOX(&linear_static));
+  m.impl("binarize_rows", TORCH_BOX(&binarize_rows));
+  m.impl("linear_grouped", TORCH_BOX(&linear_grouped));
+  m.impl("linear_xnor", TORCH_BOX(&linear_xnor));
   m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
   m.impl("linear_acc", TORCH_BOX(&linear_acc));
   m.impl("linear_s8", TORCH_BOX(&linear_s8));

@@ -309,8 +309,7 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
   return nullptr;
 }
 
-const char* linear_xnor(const KernelTable& kt, int64_t M, const StridedRows& x, const float* threshold, const LinearWeights& w,
-                        const Output& out) {
+const char* linear_xnor(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
   const Split split = split_work(M, w.N, ceil_div(w.K, kXnorSpeed));
   const bool stream = streams(kt, out, M, w.N);
@@ -330,7 +329,7 @@ const char* linear_xnor(const KernelTable& kt, int64_t M, const StridedRows& x, 
     char* row = carve.take<char>(gather_bytes(x, w.K));
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
-      binarize_block(kt, x, m, m + rows, w.K, threshold, bits, ld, scale, row);
+      binarize_block(kt, x, m, m + rows, w.K, w.threshold, bits, ld, scale, row);
       kt.gemm_xnor.run(gemm_args(w, reinterpret_cast<const int8_t*>(bits), ld, scale, nullptr, bias, out, m, stream),
                        {0, rows, r.t0, r.t1, nullptr});
     }

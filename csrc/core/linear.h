@@ -17,6 +17,7 @@ struct LinearWeights {
   int bits = 8;                          // of a code: 8, 4, 2 or 1
   const uint8_t* group_scale = nullptr;  // 4 bits only; null: one scale for a channel
   int64_t group_size = 0;
+  const float* threshold = nullptr;  // [K] of linear_xnor
 };
 
 struct Output {
@@ -52,9 +53,8 @@ const char* linear_s8(const KernelTable&, int64_t M, const S8Rows&, const Linear
 const char* binarize_rows(const KernelTable&, int64_t M, int64_t K, const StridedRows&, const float* threshold, uint8_t* bits,
                           float* scale);
 
-// Signs x signs: binarises x against threshold [K] and counts the bits that differ from 1-bit tiles.
-const char* linear_xnor(const KernelTable&, int64_t M, const StridedRows&, const float* threshold, const LinearWeights&,
-                        const Output&);
+// Signs x signs: binarises x against w.threshold and counts the bits that differ from 1-bit tiles.
+const char* linear_xnor(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, const Output&);
 
 // x stays float; weights are expanded a cache block at a time, never as [N,K].
 const char* linear_weight_only(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, const Output&);

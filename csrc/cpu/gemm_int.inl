@@ -105,12 +105,10 @@ template <typename P, int kSets, int kRows, int kVecs, typename Turn>
     o.w += P::kUnroll * kTileBytes;
     o.x += P::kUnroll * P::kXWordBytes;
   }
-  if constexpr (P::kUnroll > 1) {
-    for (; k < words; ++k) {
-      P::word(sums, 0, o);
-      o.w += kTileBytes;
-      o.x += P::kXWordBytes;
-    }
+  for (; k < words; ++k) {
+    P::word(sums, 0, o);
+    o.w += kTileBytes;
+    o.x += P::kXWordBytes;
   }
 }
 

@@ -9,7 +9,7 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-// std::conditional, which may not be instantiated in a variant (see variant.cpp).
+// One of two types; the standard library's own may not be instantiated in a variant (see variant.cpp).
 template <bool kFirst, typename A, typename B>
 struct ChooseType {
   using type = A;

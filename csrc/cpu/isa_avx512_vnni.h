@@ -80,9 +80,7 @@ struct Avx512Vnni {
       if constexpr (kBits == 8) return w;
       return _mm512_and_si512(_mm512_srli_epi32(w, static_cast<unsigned>(kBits * j)), _mm512_set1_epi8(kMask));
     }
-    static W masked(const uint8_t* p, int j) {
-      return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(kMask << kBits * j)));
-    }
+    static W masked(Vi words, int j) { return _mm512_and_si512(words, _mm512_set1_epi8(static_cast<char>(kMask << kBits * j))); }
     static X load_x(const char* p) {
       int32_t word;
       __builtin_memcpy(&word, p, 4);

@@ -160,7 +160,7 @@ struct Isa {
 
   // The dot product: kLanes words of four codes, one word of four s8 broadcast, four products added to each lane.
   //   codes(p, j)   step j of the words at p: (word >> bits * j) & mask, byte by byte
-  //   masked(p, j)  the same without the shift (only where kInPlaceRows > 0)
+  //   masked(words, j)  the same of words in a register, without the shift (only where kInPlaceRows > 0)
   //   kPartialSteps sums hold so many dot4 before widen() must turn them into 32-bit ones; 0: they are
   template <int kBits>
   struct Dot {

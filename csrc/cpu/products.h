@@ -40,7 +40,7 @@ struct Codes {
   static constexpr int kSteps = 8 / kBits;  // of four k
   static constexpr int64_t kXStepBytes = 4 * D::kXBytesPerK;
   static constexpr int64_t kXWordBytes = kSteps * kXStepBytes;
-  static constexpr int kUnroll = kSteps >= 4 ? 1 : 4 / kSteps;
+  static constexpr int kUnroll = kSteps >= 4 ? 8 / kSteps : 4 / kSteps;
   static constexpr int kFlushWords = D::kPartialSteps / kSteps;
   static constexpr int kMaxRows = Isa::kMaxRows;
   static constexpr bool in_place(int rows) { return kBits < 8 && rows <= Isa::kInPlaceRows; }
@@ -49,13 +49,21 @@ struct Codes {
 
   template <int kSets, int kRows, int kVecs>
   [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+    Vi words[kVecs];
+    if constexpr (in_place(kRows)) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) {
+        words[v] = Isa::load_i(o.vec(v));
+        Isa::opaque(words[v]);  // or each step would load them again, and loads are what few rows wait for
+      }
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kSteps; ++j) {
       typename D::W codes[kVecs];
 #pragma GCC unroll 16
       for (int v = 0; v < kVecs; ++v) {
         if constexpr (in_place(kRows)) {
-          codes[v] = D::masked(o.vec(v), j);
+          codes[v] = D::masked(words[v], j);
         } else {
           codes[v] = D::codes(o.vec(v), j);
         }

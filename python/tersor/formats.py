@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.checks import GROUP_UNIT
 from .ops.tiles import CODES, MAX_K, TILE_N, ceil_div, packed_shape
 from .weights import grouped, least_squares_steps, mean_abs, mean_abs_of_all, nearest, row_blocks, without_tiny
 
@@ -254,7 +253,7 @@ class Int4(_Tiles):
             fit = ", ".join(str(size) for size in GROUP_SIZES if k % size == 0)
             raise ValueError(
                 f"{self!r}: group_size {self.group_size} must divide in_features={k}; "
-                + (f"those that do: {fit}" if fit else f"no group size does, use Int4() (all are multiples of {GROUP_UNIT})")
+                + (f"those that do: {fit}" if fit else "no group size does, use Int4()")
             )
 
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:

@@ -35,29 +35,66 @@ def info() -> dict[str, Any]:
     return facts
 
 
-def packed_shape(n: int, k: int) -> tuple[int, int, int]:
-    """Shape of the tiles of an [N, K] weight."""
-    return (n + TILE_N - 1) // TILE_N, (k + 3) // 4, 64
+# bits of a code -> (offset, step, lowest, highest): value = step * code - offset. As ops.CODES, which needs torch.
+_CODES = {8: (128, 1, -128, 127), 4: (8, 1, -8, 7), 2: (1, 1, -1, 1), 1: (1, 2, -1, 1)}
 
 
-def pack(weight: Array) -> Array:
-    """int8 weights [N, K] -> tiles uint8 [ceil(N/16), ceil(K/4), 64] of codes w + 128; pads are 0."""
+def packed_shape(n: int, k: int, bits: int = 8) -> tuple[int, int, int]:
+    """Shape of the tiles of an [N, K] weight of 8, 4, 2 or 1 bits."""
+    _check_bits("packed_shape", bits)
+    kt = 32 // bits
+    return (n + TILE_N - 1) // TILE_N, (k + kt - 1) // kt, 64
+
+
+def pack(weight: Array, bits: int = 8) -> Array:
+    """int8 values [N, K] -> tiles uint8 [ceil(N/16), ceil(K/kt), 64], kt = 32 / bits; pads are 0.
+
+    Values are -128..127, -8..7, -1..1, or -1 and 1, by the bits; anything else is a ValueError.
+    """
+    _check_bits("pack", bits)
     weight = np.asarray(weight)
     if weight.dtype != np.int8 or weight.ndim != 2:
         raise ValueError(f"pack: weight is {weight.dtype} with {weight.ndim} dimensions, expected int8 [N, K]")
     n, k = weight.shape
-    nt, kt, _ = packed_shape(n, k)
-    codes = np.zeros((nt * TILE_N, kt * 4), np.uint8)
-    codes[:n, :k] = np.ascontiguousarray(weight).view(np.uint8) ^ 128
-    return np.ascontiguousarray(codes.reshape(nt, TILE_N, kt, 4).transpose(0, 2, 1, 3)).reshape(nt, kt, 64)
+    offset, step, lowest, highest = _CODES[bits]
+    if weight.size and (weight.min() < lowest or weight.max() > highest or (bits == 1 and not weight.all())):
+        allowed = "-1 and 1" if bits == 1 else f"{lowest} to {highest}"
+        raise ValueError(f"pack: weight holds values from {weight.min()} to {weight.max()}, expected {allowed} for bits={bits}")
+    nt, kt, _ = packed_shape(n, k, bits)
+    steps = 8 // bits
+    codes = np.zeros((nt * TILE_N, kt * 4 * steps), np.uint8)
+    codes[:n, :k] = (weight.astype(np.int16) + offset) // step
+    # Element k = 4j + b of a word lies in byte b at bits [bits j, bits j + bits).
+    words = codes.reshape(nt, TILE_N, kt, steps, 4)
+    packed = words[:, :, :, 0]
+    for j in range(1, steps):
+        packed = packed | words[:, :, :, j] << np.uint8(bits * j)
+    return np.ascontiguousarray(packed.transpose(0, 2, 1, 3)).reshape(nt, kt, 64)
 
 
-def unpack(weight_packed: Array, n: int, k: int) -> Array:
-    """Tiles -> int8 weights [N, K]: the inverse of pack."""
-    _check_tiles("unpack", weight_packed, n, k)
-    nt, kt, _ = packed_shape(n, k)
-    codes = weight_packed.reshape(nt, kt, TILE_N, 4).transpose(0, 2, 1, 3).reshape(nt * TILE_N, kt * 4)[:n, :k]
-    return np.ascontiguousarray(codes ^ 128).view(np.int8)
+def unpack(weight_packed: Array, n: int, k: int, bits: int = 8) -> Array:
+    """Tiles -> int8 values [N, K]: the inverse of pack."""
+    _check_tiles("unpack", weight_packed, n, k, bits)
+    nt, kt, _ = packed_shape(n, k, bits)
+    offset, step, *_ = _CODES[bits]
+    steps = 8 // bits
+    words = weight_packed.reshape(nt, kt, TILE_N, 4).transpose(0, 2, 1, 3)
+    codes = np.stack([words >> np.uint8(bits * j) & np.uint8(2**bits - 1) for j in range(steps)], axis=3)
+    values = codes.reshape(nt * TILE_N, kt * 4 * steps)[:n, :k].astype(np.int16) * step - offset
+    return values.astype(np.int8)
+
+
+def pack_group_scale(scale: Array) -> Array:
+    """float [N, G] -> uint8 [ceil(N/16), G, 32], the bytes of their float16 values: the group_scale of linear_grouped."""
+    scale = np.asarray(scale)
+    if scale.dtype.kind != "f" or scale.ndim != 2:
+        raise ValueError(f"pack_group_scale: scale is {scale.dtype} with {scale.ndim} dimensions, expected float [N, G]")
+    n, groups = scale.shape
+    nt = (n + TILE_N - 1) // TILE_N
+    padded = np.zeros((nt * TILE_N, groups), "<f2")
+    padded[:n] = scale
+    halves = np.ascontiguousarray(padded.reshape(nt, TILE_N, groups).transpose(0, 2, 1))
+    return halves.view(np.uint8).reshape(nt, groups, 2 * TILE_N)
 
 
 def quantize_weight(weight: Array) -> tuple[Array, Array]:
@@ -78,12 +115,12 @@ def quantize_static(x: Array, input_scale: float) -> tuple[Array, Array, Array]:
     return _kernels().quantize_static(_floats("quantize_static", "x", x), float(input_scale))
 
 
-def linear_acc(q: Array, row_sum: Array, weight_packed: Array, out_features: int) -> Array:
+def linear_acc(q: Array, row_sum: Array, weight_packed: Array, out_features: int, bits: int = 8) -> Array:
     """Exact int32 [M, N] accumulators of int8 rows q [M, K] and tiles; as ops.linear_acc."""
     q = _rows_s8("linear_acc", q)
-    _check_tiles("linear_acc", weight_packed, out_features, q.shape[1])
+    _check_tiles("linear_acc", weight_packed, out_features, q.shape[1], bits)
     return _kernels().linear_acc(
-        q, _vector("linear_acc", "row_sum", row_sum, np.int32), np.ascontiguousarray(weight_packed), out_features
+        q, _vector("linear_acc", "row_sum", row_sum, np.int32), np.ascontiguousarray(weight_packed), out_features, bits
     )
 
 
@@ -95,11 +132,12 @@ def linear_s8(
     weight_scale: Array,
     bias: Array | None = None,
     epilogue: str = "none",
+    bits: int = 8,
 ) -> Array:
     """float32 [M, N] from rows that are already int8; as ops.linear_s8."""
     q = _rows_s8("linear_s8", q)
     scales = _vector("linear_s8", "weight_scale", weight_scale, np.float32)
-    _check_tiles("linear_s8", weight_packed, len(scales), q.shape[1])
+    _check_tiles("linear_s8", weight_packed, len(scales), q.shape[1], bits)
     return _kernels().linear_s8(
         q,
         _vector("linear_s8", "scale", scale, np.float32),
@@ -108,35 +146,86 @@ def linear_s8(
         scales,
         _vector("linear_s8", "bias", bias, np.float32),
         epilogue,
+        bits,
     )
 
 
-def linear_dynamic(x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none") -> Array:
-    """The int8 layer with dynamic activations, [M, N] in the dtype of x; as ops.linear_dynamic."""
-    return _float_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue)
+def linear_dynamic(
+    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none", bits: int = 8
+) -> Array:
+    """The layer of 8, 4, 2 or 1 bit codes with dynamic int8 activations, [M, N] in the dtype of x; as ops.linear_dynamic."""
+    return _float_linear("linear_dynamic", bits, x, weight_packed, weight_scale, (), bias, epilogue, bits)
+
+
+def linear_grouped(
+    x: Array, weight_packed: Array, weight_scale: Array, group_scale: Array, bias: Array | None = None, epilogue: str = "none"
+) -> Array:
+    """The int4 layer with a scale for each group of k (see pack_group_scale), [M, N] in the dtype of x; as ops.linear_grouped."""
+    group_scale = np.asarray(group_scale)
+    nt, k = (len(weight_scale) + TILE_N - 1) // TILE_N, np.shape(x)[-1] if np.ndim(x) else 0
+    groups = group_scale.shape[1] if group_scale.ndim == 3 else 0
+    if group_scale.dtype != np.uint8 or group_scale.shape != (nt, groups, 2 * TILE_N):
+        raise ValueError(
+            f"linear_grouped: group_scale is {group_scale.dtype} {group_scale.shape}, expected uint8 ({nt}, G, {2 * TILE_N})"
+        )
+    if (k > 0) != (groups > 0) or (groups and k % (32 * groups)):
+        raise ValueError(f"linear_grouped: group_scale holds {groups} groups of K={k}, K / G must be a multiple of 32")
+    return _float_linear("linear_grouped", 4, x, weight_packed, weight_scale, (np.ascontiguousarray(group_scale),), bias, epilogue)
+
+
+def binarize_rows(x: Array, threshold: Array) -> tuple[Array, Array]:
+    """(bits int32 [M, ceil(K/32)], scale float32 [M]) of x float32 / float16 [M, K]; as ops.binarize_rows."""
+    x = _floats("binarize_rows", "x", x)
+    return _kernels().binarize_rows(x, _threshold("binarize_rows", threshold, x.shape[1]))
+
+
+def linear_xnor(
+    x: Array, weight_packed: Array, weight_scale: Array, threshold: Array, bias: Array | None = None, epilogue: str = "none"
+) -> Array:
+    """The layer of signs times signs, [M, N] in the dtype of x; as ops.linear_xnor."""
+    x = _floats("linear_xnor", "x", x)
+    threshold = _threshold("linear_xnor", threshold, x.shape[1])
+    return _float_linear("linear_xnor", 1, x, weight_packed, weight_scale, (threshold,), bias, epilogue)
 
 
 def linear_static(
     x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, input_scale: float, epilogue: str = "none"
 ) -> Array:
     """The int8 layer whose activations have one known scale, [M, N] in the dtype of x; as ops.linear_static."""
-    return _float_linear("linear_static", x, weight_packed, weight_scale, bias, float(input_scale), epilogue)
+    return _float_linear("linear_static", 8, x, weight_packed, weight_scale, (), bias, float(input_scale), epilogue)
 
 
 def linear_weight_only(
     x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none"
 ) -> Array:
     """Int8 weights, float activations, [M, N] in the dtype of x; as ops.linear_weight_only."""
-    return _float_linear("linear_weight_only", x, weight_packed, weight_scale, bias, epilogue)
+    return _float_linear("linear_weight_only", 8, x, weight_packed, weight_scale, (), bias, epilogue)
 
 
-def _float_linear(function: str, x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, *rest: Any) -> Array:
+def _float_linear(
+    function: str,
+    bits: int,
+    x: Array,
+    weight_packed: Array,
+    weight_scale: Array,
+    stored: tuple[Array, ...],
+    bias: Array | None,
+    *rest: Any,
+) -> Array:
+    """`stored`: what comes between weight_scale and bias."""
     x = _floats(function, "x", x)
     scales = _vector(function, "weight_scale", weight_scale, np.float32)
-    _check_tiles(function, weight_packed, len(scales), x.shape[1])
+    _check_tiles(function, weight_packed, len(scales), x.shape[1], bits)
     return getattr(_kernels(), function)(
-        x, np.ascontiguousarray(weight_packed), scales, _vector(function, "bias", bias, np.float32), *rest
+        x, np.ascontiguousarray(weight_packed), scales, *stored, _vector(function, "bias", bias, np.float32), *rest
     )
+
+
+def _threshold(function: str, threshold: Array, k: int) -> Any:
+    threshold = _vector(function, "threshold", np.asarray(threshold), np.float32)
+    if len(threshold) != k:
+        raise ValueError(f"{function}: threshold has {len(threshold)} elements, expected K={k}")
+    return threshold
 
 
 def _floats(function: str, name: str, x: Array) -> Array:
@@ -164,9 +253,17 @@ def _vector(function: str, name: str, v: Array | None, dtype: type) -> Any:
     return np.require(v, requirements=["C", "A"])
 
 
-def _check_tiles(function: str, weight_packed: Array, n: int, k: int) -> None:
-    want = packed_shape(n, k)
+def _check_bits(function: str, bits: int) -> None:
+    if bits not in _CODES:
+        raise ValueError(f"{function}: bits is {bits!r}, expected one of: {', '.join(map(str, _CODES))}")
+
+
+def _check_tiles(function: str, weight_packed: Array, n: int, k: int, bits: int = 8) -> None:
+    _check_bits(function, bits)
+    want = packed_shape(n, k, bits)
     if weight_packed.dtype != np.uint8 or weight_packed.shape != want:
+        width = "" if bits == 8 else f" at bits={bits}"
         raise ValueError(
-            f"{function}: weight_packed is {weight_packed.dtype} {weight_packed.shape}, expected uint8 {want} for N={n}, K={k}"
+            f"{function}: weight_packed is {weight_packed.dtype} {weight_packed.shape}, "
+            f"expected uint8 {want} for N={n}, K={k}{width}"
         )

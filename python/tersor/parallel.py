@@ -3,11 +3,13 @@
     parallelize_module(model, mesh, {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()})
 
 A layer keeps its names, its global sizes and its tag; its tensors become DTensors, so state_dict, DCP and .to() work as they do for
-torch's own styles. What each rank holds of an [N, K] int8 layer over R ranks:
+torch's own styles. What each rank holds of an [N, K] layer over R ranks, kt = 32 / bits:
 
                   column: N is split             row: K is split
-    weight_packed Shard(0) [N/16/R, K/4, 64]     Shard(1) [N/16, K/4/R, 64]
+    weight_packed Shard(0) [N/16/R, K/kt, 64]    Shard(1) [N/16, K/kt/R, 64]
     weight_scale  Shard(0) [N/R]                 Replicate [N]
+    group_scale   Shard(0) [N/16/R, G, 32]       Shard(1) [N/16, G/R, 32]
+    threshold     Replicate [K]                  (refused: its scale is a float sum over K)
     bias          Shard(0) [N/R]                 Replicate [N]
     x             Replicate [..., K]             Shard(-1) [..., K/R]
     y             Shard(-1) [..., N/R]           Replicate [..., N]
@@ -20,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -44,14 +47,38 @@ __all__ = ["ColwiseParallel", "RowwiseParallel"]
 Stored = Mapping[str, Any]  # the stored tensors of a layer, by name, as this rank has them
 
 
-def _row_int8(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """Int8Dynamic on a slice of K: every rank quantises with the scale of the whole row and the int32 sums are added, so the result
-    is that of one process bit for bit (classes I and E)."""
+def _quantize_slice(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """quantize_rows of a slice of K with the absmax of the whole row."""
     absmax = row_absmax(x).float()
     # Backends disagree on MAX with NaN (gloo keeps or drops it by rank order); inf is ordered, and poisons a row just as well.
     absmax = torch.where(torch.isfinite(absmax), absmax, torch.inf)
     dist.all_reduce(absmax, op=dist.ReduceOp.MAX, group=group)
-    return _add_sums(ops.quantize_rows(x, absmax), stored, bias, group, x.dtype)
+    return ops.quantize_rows(x, absmax)
+
+
+def _row_int8(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup, bits: int = 8) -> Tensor:
+    """Layers of linear_dynamic on a slice of K: every rank quantises with the scale of the whole row and the int32 sums are added,
+    so the result is that of one process bit for bit (classes I and E)."""
+    return _add_sums(_quantize_slice(x, group), stored, bias, group, x.dtype, bits)
+
+
+def _row_int4(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """Int4 on a slice of K. With groups the sum of each is exact, those of a rank are added in float32 in their order, and those of
+    the ranks in the backend's (class F)."""
+    if "group_scale" not in stored:
+        return _row_int8(x, stored, bias, group, 4)
+    q, scale, _ = _quantize_slice(x, group)
+    tiles, weight_scale, group_scale = stored["weight_packed"], stored["weight_scale"], stored["group_scale"]
+    n, groups = weight_scale.shape[0], group_scale.shape[1]
+    relative = ops.group_scales(group_scale, n)
+    total = torch.zeros((*x.shape[:-1], n), dtype=torch.float32, device=x.device)
+    sizes = (q.shape[-1] // max(1, groups), tiles.shape[1] // max(1, groups))
+    for g in range(groups):
+        q_g, tiles_g = (t.narrow(dim, g * size, size).contiguous() for t, dim, size in zip((q, tiles), (-1, 1), sizes, strict=True))
+        acc = ops.linear_acc(q_g, q_g.sum(-1, dtype=torch.int32), tiles_g, n, 4)
+        total = total + acc.float() * relative[:, g]
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+    return finish(total, scale, weight_scale, bias, "none", x.dtype)
 
 
 def _row_static(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
@@ -64,11 +91,16 @@ def _row_static(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.Proc
 
 
 def _add_sums(
-    rows: tuple[Tensor, Tensor, Tensor], stored: Stored, bias: Tensor | None, group: dist.ProcessGroup, dtype: torch.dtype
+    rows: tuple[Tensor, Tensor, Tensor],
+    stored: Stored,
+    bias: Tensor | None,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    bits: int = 8,
 ) -> Tensor:
     q, scale, row_sum = rows
     weight_scale = stored["weight_scale"]
-    acc = ops.linear_acc(q, row_sum, stored["weight_packed"], weight_scale.shape[0])
+    acc = ops.linear_acc(q, row_sum, stored["weight_packed"], weight_scale.shape[0], bits)
     dist.all_reduce(acc, op=dist.ReduceOp.SUM, group=group)
     return finish(acc, scale, weight_scale, bias, "none", dtype)
 
@@ -82,25 +114,27 @@ def _row_float(x: Tensor, stored: Stored, bias: Tensor | None, group: dist.Proce
     return y.to(x.dtype)
 
 
-class _Split(NamedTuple):
-    """How a format is split: its bits, which give the k of a tile, and its row-parallel forward on local tensors."""
+Row = Callable[[Tensor, Stored, Tensor | None, dist.ProcessGroup], Tensor]
 
-    bits: int
-    row: Callable[..., Tensor]
-
-
-# By Format.tag. A format that is not here (a sparse one: its tensors do not follow N or K) is refused by name.
-SPLITTABLE: dict[str, _Split] = {
-    "int8-dynamic": _Split(8, _row_int8),
-    "int8-static": _Split(8, _row_static),
-    "int8-weight-only": _Split(8, _row_float),
+# The row-parallel forward on local tensors, by Format.tag. None: the format can be split along N alone. One that is not here (a
+# sparse one: its tensors do not follow N or K) is refused by name.
+SPLITTABLE: dict[str, Row | None] = {
+    "int8-dynamic": _row_int8,
+    "int8-static": _row_static,
+    "int8-weight-only": _row_float,
+    "int4": _row_int4,
+    "ternary": partial(_row_int8, bits=2),
+    "binary": partial(_row_int8, bits=1),
+    "binary-xnor": None,
 }
 
 
-def _split_of(style: str, fmt: Format) -> _Split:
-    if fmt.tag not in SPLITTABLE:
-        raise ValueError(f"{style}: {fmt!r} cannot be split over ranks; formats that can: {', '.join(SPLITTABLE)}")
-    return SPLITTABLE[fmt.tag]
+def _check_format(style: str, fmt: Format, axis: str) -> None:
+    fit = [tag for tag, row in SPLITTABLE.items() if row is not None or axis == "N"]
+    if fmt.tag in fit:
+        return
+    way_out = "; ColwiseParallel can split it" if fmt.tag in SPLITTABLE else ""
+    raise ValueError(f"{style}: {fmt!r} cannot be split over ranks; formats that can: {', '.join(fit)}{way_out}")
 
 
 def split_unit(bits: int, group_size: int | None) -> int:
@@ -190,8 +224,8 @@ class _RowwiseQuantLinear(_ParallelQuantLinear):
 
     def _forward_local(self, x: Tensor) -> Tensor:
         stored = {spec.name: _local(getattr(self, spec.name)) for spec in self.specs()}
-        row = SPLITTABLE[self.format.tag].row
-        y = _RowLinear.apply(x, _local(self._parameters["bias"]), stored, row, self._mesh.get_group())
+        row = SPLITTABLE[self.format.tag]
+        y = _RowLinear.apply(x, _local(self._parameters["bias"]), stored, row, self._mesh.get_group(), self.format.bits)
         device = x.device.type
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
@@ -210,22 +244,26 @@ class _RowLinear(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         stored: Stored,
-        row: Callable[..., Tensor],
+        row: Row,
         group: dist.ProcessGroup,
+        bits: int,
     ) -> Tensor:
-        ctx.save_for_backward(stored["weight_packed"], stored["weight_scale"])
+        ctx.save_for_backward(stored["weight_packed"], stored["weight_scale"], stored.get("group_scale"))
+        ctx.bits = bits
         ctx.in_features = x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return row(x, stored, bias, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight_packed, weight_scale = ctx.saved_tensors
-        grad_x = ops.input_grad(grad, weight_packed, weight_scale, ctx.in_features) if ctx.needs_input_grad[0] else None
+        weight_packed, weight_scale, group_scale = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.input_grad(grad, weight_packed, weight_scale, ctx.in_features, group_scale, ctx.bits)
         grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_bias = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None
+        return grad_x, grad_bias, None, None, None, None
 
 
 class _Style(ParallelStyle):
@@ -257,8 +295,9 @@ class _Style(ParallelStyle):
         if device_mesh.ndim != 1:
             raise ValueError(f'{name}: device_mesh has {device_mesh.ndim} dimensions, expected 1; pass one of them, as mesh["tp"]')
         fmt, n, k = module.format, module.out_features, module.in_features
-        unit = split_unit(_split_of(name, fmt).bits, getattr(fmt, "group_size", None))
         axis = self.layer._axis
+        _check_format(name, fmt, axis)
+        unit = split_unit(fmt.bits, getattr(fmt, "group_size", None))
         split_size(name, *(("out_features", n) if axis == "N" else ("in_features", k)), unit, device_mesh.size())
 
         where = placements(fmt, n, k, axis)
@@ -300,9 +339,9 @@ class RowwiseParallel(_Style):
     output_layouts    how y leaves; None: Replicate()
     use_local_output  y as a plain tensor, the local part, rather than a DTensor
 
-    Int8Dynamic sends float32 [M] (absmax) and int32 [M, N] (sums); y equals that of one process bit for bit, and a NaN or inf on
-    one rank makes its row NaN on all. Int8Static sends int32 [M] in place of the absmax. Int8WeightOnly sends float32 [M, N]; y is
-    within a bound (class F). Backward sends nothing.
+    Int8Dynamic, Int4(), Ternary and Binary send float32 [M] (absmax) and int32 [M, N] (sums); y equals that of one process bit for
+    bit, and a NaN or inf on one rank makes its row NaN on all. Int8Static sends int32 [M] in place of the absmax. Int8WeightOnly
+    and Int4 with groups send float32 [M, N]; y is within a bound (class F). BinaryXnor is refused. Backward sends nothing.
     parallelize_module raises TypeError where the module is no QuantLinear, ValueError where its format cannot be split or
     in_features is no multiple of ranks x lcm(16, kt, group_size). Source: Shoeybi et al., arXiv:1909.08053, section 3.
     """

@@ -103,13 +103,15 @@ inline QuantizedRow quantize_row(const float* x, int64_t K, const float* given, 
 }
 
 // [ ceil(N/16) ][ ceil(K/4) ][ 16 ][ 4 ] uint8 codes w + 128, pad codes 0
-inline std::vector<uint8_t> pack_w8(const std::vector<int8_t>& w, int64_t N, int64_t K) {
-  const int64_t steps = (K + 3) / 4;
-  std::vector<uint8_t> out(static_cast<size_t>((N + 15) / 16 * steps * 64), 0);
+inline std::vector<uint8_t> pack(const std::vector<int8_t>& w, int64_t N, int64_t K, int bits) {
+  const int64_t in_word = 32 / bits, words = (K + in_word - 1) / in_word;
+  std::vector<uint8_t> out(static_cast<size_t>((N + 15) / 16 * words * 64), 0);
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t at = ((n / 16 * steps + k / 4) * 16 + n % 16) * 4 + k % 4;
-      out[static_cast<size_t>(at)] = static_cast<uint8_t>(w[static_cast<size_t>(n * K + k)] + 128);
+      const int value = w[static_cast<size_t>(n * K + k)];
+      const int code = bits == 8 ? value + 128 : bits == 4 ? value + 8 : bits == 2 ? value + 1 : (value + 1) / 2;
+      const int64_t at = k % in_word, byte = at % 4, shift = bits * (at / 4);
+      out[static_cast<size_t>(((n / 16 * words + k / in_word) * 16 + n % 16) * 4 + byte)] |= static_cast<uint8_t>(code << shift);
     }
   }
   return out;

@@ -13,20 +13,28 @@ namespace tersor::test {
 
 inline constexpr Dtype kFloatDtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
 
-// Random weights with their packed tiles, scales and bias. Every third channel holds the extremes -128 and 127 only.
+// The values that codes of a width stand for.
+inline constexpr int kWidths[] = {8, 4, 2, 1};
+inline int lowest(int bits) { return bits == 8 ? -128 : bits == 4 ? -8 : -1; }
+inline int highest(int bits) { return bits == 8 ? 127 : bits == 4 ? 7 : 1; }
+
+// Random weights with their packed tiles, scales and bias. Every third channel holds the extremes only.
 struct Weights {
   int64_t N, K;
+  int bits;
   std::vector<int8_t> w;  // [N][K]
   Exact<uint8_t> packed;
   Exact<float> scale, bias;
   Exact<uint16_t> bias_bf16, bias_f16;
 
-  Weights(int64_t n, int64_t k, Random& random, int64_t offset = 0)
-      : N(n), K(k), w(static_cast<size_t>(n * k)), scale(n), bias(n), bias_bf16(n), bias_f16(n) {
+  Weights(int64_t n, int64_t k, Random& random, int64_t offset = 0, int width = 8)
+      : N(n), K(k), bits(width), w(static_cast<size_t>(n * k)), scale(n), bias(n), bias_bf16(n), bias_f16(n) {
     for (int64_t i = 0; i < N * K; ++i) {
-      w[static_cast<size_t>(i)] = static_cast<int8_t>(i / K % 3 == 2 ? (random.coin() ? 127 : -128) : random.between(-128, 127));
+      const bool extreme = bits == 1 || i / K % 3 == 2;
+      const int64_t end = random.coin() ? highest(bits) : lowest(bits);
+      w[static_cast<size_t>(i)] = static_cast<int8_t>(extreme ? end : random.between(lowest(bits), highest(bits)));
     }
-    packed = Exact<uint8_t>(pack_w8(w, N, K), offset);
+    packed = Exact<uint8_t>(pack(w, N, K, bits), offset);
     for (int64_t i = 0; i < N; ++i) {
       scale[i] = static_cast<float>(0.001 + 0.02 * random.unit());
       bias[i] = 3.0f * random.normal();
@@ -42,7 +50,7 @@ struct Weights {
     const void* b = bias_dtype == Dtype::f32    ? static_cast<const void*>(bias.data())
                     : bias_dtype == Dtype::bf16 ? bias_bf16.data()
                                                 : bias_f16.data();
-    return {N, K, packed.data(), scale.data(), nullptr, with_bias ? b : nullptr, bias_dtype, activation};
+    return {N, K, packed.data(), scale.data(), nullptr, with_bias ? b : nullptr, bias_dtype, activation, bits};
   }
 };
 
@@ -70,18 +78,22 @@ struct S8Operand {
     }
   }
   // Rows for a table entry are readable up to the next k step, rows for a driver end at K.
-  static S8Operand for_entry(int64_t M, int64_t K, int64_t pad, Random& random) {
-    const int64_t whole = round_up(K, kTileK8);
+  static S8Operand for_entry(int64_t M, int64_t K, int64_t pad, Random& random, int bits = 8) {
+    const int64_t whole = round_up(K, tile_k(bits));
     return S8Operand(M, K, whole + pad, whole, random);
   }
   S8Rows args() const { return {q.data(), ldq, scale.data(), row_sum.data()}; }
 };
 
-// gemm_w8 over the rectangle [m0, m1) x [t0, t1) with scratch of the size that the table states and not a byte more.
+inline const IntGemm& gemm_of(const Kernels& k, int bits) {
+  return bits == 8 ? k.table.gemm_w8 : bits == 4 ? k.table.gemm_w4 : bits == 2 ? k.table.gemm_w2 : k.table.gemm_w1;
+}
+
+// The GEMM of the width over the rectangle [m0, m1) x [t0, t1) with scratch of the size that the table states and not a byte more.
 inline void run_gemm(const Kernels& k, const S8Operand& x, const Weights& w, Activation activation, const float* bias, void* y,
                      Dtype dtype, int64_t ldy, int64_t m0, int64_t m1, int64_t t0, int64_t t1) {
   const bool s32 = dtype == Dtype::s32;
-  const int64_t bytes = (m1 - m0) * k.table.gemm_w8.row_scratch(w.K);
+  const int64_t bytes = (m1 - m0) * gemm_of(k, w.bits).row_scratch(w.K);
   Canvas scratch(1, bytes, bytes);
   const GemmArgs args{w.N,
                       w.K,
@@ -96,8 +108,8 @@ inline void run_gemm(const Kernels& k, const S8Operand& x, const Weights& w, Act
                       y,
                       dtype,
                       ldy};
-  k.table.gemm_w8.run(args, {m0, m1, t0, t1, scratch.at()});
-  CHECK(scratch.intact(), "gemm_w8 leaves its scratch");
+  gemm_of(k, w.bits).run(args, {m0, m1, t0, t1, scratch.at()});
+  CHECK(scratch.intact(), "the kernel leaves its scratch");
 }
 
 inline void run_gemm(const Kernels& k, const S8Operand& x, const Weights& w, Activation activation, const float* bias, void* y,

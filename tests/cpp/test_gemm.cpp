@@ -1,4 +1,4 @@
-// The table entry gemm_w8: int32 accumulators bit for bit against int64 sums, and the fused epilogue.
+// The table entries gemm_w8, w4, w2 and w1: int32 accumulators bit for bit against int64 sums, and the fused epilogue.
 #include <cfloat>
 
 #include "problem.h"
@@ -11,7 +11,7 @@ long long ll(int64_t v) { return v; }
 // Accumulators of the whole problem on every variant.
 void check_accumulators(const S8Operand& x, const Weights& w, const std::vector<int32_t>& want, int64_t ldy) {
   for (const Kernels& k : runnable()) {
-    set_case("%s M=%lld N=%lld K=%lld ldq=%lld ldy=%lld", k.table.isa, ll(x.M), ll(w.N), ll(w.K), ll(x.ldq), ll(ldy));
+    set_case("%s w%d M=%lld N=%lld K=%lld ldq=%lld ldy=%lld", k.table.isa, w.bits, ll(x.M), ll(w.N), ll(w.K), ll(x.ldq), ll(ldy));
     Canvas y(x.M, w.N * 4, ldy * 4, 4);
     run_gemm(k, x, w, Activation::none, nullptr, y.at(), Dtype::s32, ldy);
     for (int64_t m = 0; m < x.M; ++m) CHECK_SAME("acc", y.at<int32_t>(m), want.data() + m * w.N, w.N);
@@ -29,6 +29,22 @@ TERSOR_TEST(gemm_s32_shapes) {
       for (int64_t M = 1; M <= 20; ++M) {
         const S8Operand x = S8Operand::for_entry(M, K, M % 3 * 5, random);
         check_accumulators(x, w, matmul(x.q.data(), x.ldq, w.w.data(), M, N, K), N + M % 4);
+      }
+    }
+  }
+}
+
+// Every height and width of a register block, and K around the ends of words, of a turn of the loop and of narrow sums.
+TERSOR_TEST(gemm_s32_shapes_of_few_bits) {
+  Random random(options.seed);
+  for (int bits : {4, 2, 1}) {
+    for (int64_t N : {1, 16, 31, 48, 65, 97}) {
+      for (int64_t K : {1, 4, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 255, 257, 300}) {
+        const Weights w(N, K, random, 0, bits);
+        for (int64_t M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17}) {
+          const S8Operand x = S8Operand::for_entry(M, K, M % 3 * 5, random, bits);
+          check_accumulators(x, w, matmul(x.q.data(), x.ldq, w.w.data(), M, N, K), N + M % 4);
+        }
       }
     }
   }
@@ -53,13 +69,14 @@ TERSOR_TEST(gemm_s32_extremes) {
     const bool up = kind == 0 ? true : kind == 1 ? false : kind == 2 ? k % 2 == 0 : kind == 3 ? k / 2 % 2 == 0 : random.coin();
     return static_cast<int8_t>(up ? high : low);
   };
-  for (int64_t K : {4, 63, 1024, 66312, 132101, 132104}) {
-    Weights w(K > 2000 ? 69 : 133, K, random);
+  for (const auto& [bits, K] : std::initializer_list<std::pair<int, int64_t>>{
+           {8, 4}, {8, 63}, {8, 1024}, {8, 66312}, {8, 132101}, {8, 132104}, {4, 1024}, {4, 132104}, {2, 1029}, {1, 132104}}) {
+    Weights w(K > 2000 ? 69 : 133, K, random, 0, bits);
     for (int64_t n = 0; n < w.N; ++n) {
-      for (int64_t k = 0; k < K; ++k) w.w[static_cast<size_t>(n * K + k)] = extreme(n % 5, k, 127, -128);
+      for (int64_t k = 0; k < K; ++k) w.w[static_cast<size_t>(n * K + k)] = extreme(n % 5, k, highest(bits), lowest(bits));
     }
-    w.packed = Exact<uint8_t>(pack_w8(w.w, w.N, K));
-    S8Operand x = S8Operand::for_entry(10, K, 0, random);
+    w.packed = Exact<uint8_t>(pack(w.w, w.N, K, bits));
+    S8Operand x = S8Operand::for_entry(10, K, 0, random, bits);
     for (int64_t m = 0; m < x.M; ++m) {
       for (int64_t k = 0; k < K; ++k) x.q[m * x.ldq + k] = extreme(m % 5, k, 127, -127);
     }
@@ -70,7 +87,7 @@ TERSOR_TEST(gemm_s32_extremes) {
     for (const Kernels& k : runnable()) {
       for (int64_t M : {int64_t{1}, int64_t{3}, x.M}) {
         for (int64_t t0 : {int64_t{0}, ceil_div(w.N, kTileN) - tiles}) {
-          set_case("%s M=%lld N=%lld K=%lld t0=%lld", k.table.isa, ll(M), ll(w.N), ll(K), ll(t0));
+          set_case("%s w%d M=%lld N=%lld K=%lld t0=%lld", k.table.isa, w.bits, ll(M), ll(w.N), ll(w.K), ll(t0));
           const int64_t n0 = t0 * kTileN, n1 = (t0 + tiles) * kTileN < w.N ? (t0 + tiles) * kTileN : w.N;
           Canvas y(x.M, w.N * 4, w.N * 4);
           run_gemm(k, x, w, Activation::none, nullptr, y.at(), Dtype::s32, w.N, 0, M, t0, t0 + tiles);
@@ -106,12 +123,14 @@ TERSOR_TEST(gemm_s32_rectangles) {
 
 // Codes are read unaligned: safetensors promises 8 bytes at most.
 TERSOR_TEST(gemm_s32_weights_at_any_offset) {
-  for (int64_t offset : {0, 1, 16, 32}) {
-    for (int64_t M : {1, 2, 5, 8}) {
-      Random random(options.seed);
-      const Weights w(70, 23, random, offset);
-      const S8Operand x = S8Operand::for_entry(M, w.K, 1, random);
-      check_accumulators(x, w, matmul(x.q.data(), x.ldq, w.w.data(), M, w.N, w.K), w.N);
+  for (int bits : kWidths) {
+    for (int64_t offset : {0, 1, 16, 32}) {
+      for (int64_t M : {1, 2, 5, 8}) {
+        Random random(options.seed);
+        const Weights w(70, 93, random, offset, bits);
+        const S8Operand x = S8Operand::for_entry(M, w.K, 1, random, bits);
+        check_accumulators(x, w, matmul(x.q.data(), x.ldq, w.w.data(), M, w.N, w.K), w.N);
+      }
     }
   }
 }
@@ -245,7 +264,7 @@ TERSOR_TEST(epilogue_large_accumulators) {
   const int64_t K = 20001;
   Weights w(18, K, random);
   for (size_t i = 0; i < w.w.size(); ++i) w.w[i] = static_cast<int8_t>(random.between(100, 127));
-  w.packed = Exact<uint8_t>(pack_w8(w.w, w.N, K));
+  w.packed = Exact<uint8_t>(pack(w.w, w.N, K, 8));
   S8Operand x = S8Operand::for_entry(3, K, 0, random);
   for (int64_t m = 0; m < x.M; ++m) {
     for (int64_t k = 0; k < K; ++k)

@@ -92,7 +92,9 @@ def machine(fresh: bool, as_json: bool) -> None:
 
 
 @bench.command()
-@click.option("--format", "format_name", default="int8-dynamic", show_default=True, help="Format of our layer; see --help below.")
+@click.option(
+    "--format", "format_name", default="int8-dynamic", show_default=True, help="Format of our layer; int4-g32: groups of 32."
+)
 @click.option("--m", "rows", type=Numbers(), default="1,16,256", show_default=True, help="Rows of the input.")
 @click.option("--k", type=Numbers(), help="Input features. Every K is combined with every N.")
 @click.option("--n", type=Numbers(), help="Output features.")
@@ -134,7 +136,7 @@ def linear(
     tersor bench linear --model my_package.models:build --against fp32
 
     "of limit" is the time that this machine's own limits allow for the shape (arithmetic, or reading the weights from the level of
-    memory that holds them) over the time taken.
+    memory that holds them) over the time taken. Contenders: fp32, quantize-dynamic, and any format of ours as tersor-FORMAT.
     """
     # Called from a program that has torch loaded already, oneDNN has made its choice.
     cap = "oneDNN: as the calling program set it" if "torch" in sys.modules else cap_peers(unrestricted)
@@ -143,13 +145,14 @@ def linear(
     from rich.progress import Progress
 
     from .. import __version__
-    from ..formats import FORMATS
-    from .layers import DTYPES, SHAPES, Bench, Row, example_format, shapes_of_model
+    from .layers import DTYPES, SHAPES, Bench, Row, shapes_of_model
+    from .our_formats import our_formats
     from .output import layers_table, plot_roofline, write_csv, write_json
     from .peers import expand
 
-    if format_name not in FORMATS:
-        raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(FORMATS)}", param_hint="--format")
+    formats = our_formats()
+    if format_name not in formats:
+        raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(formats)}", param_hint="--format")
     if sum(option is not None for option in (shapes, model, k or n)) > 1:
         raise click.UsageError("--shapes, --model and --k/--n exclude each other")
     if shapes is not None and shapes not in SHAPES:
@@ -162,7 +165,7 @@ def linear(
     _or_exit(lambda: expand(names))
 
     limits = _measured_machine(fresh_limits)
-    run = Bench(layers, rows, example_format(format_name), DTYPES[dtype], threads, tuple(names), rounds)
+    run = Bench(layers, rows, formats[format_name], DTYPES[dtype], threads, tuple(names), rounds)
     measured: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("layers", total=len(run.cases()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats import FORMATS, Format, Int8Dynamic
+from ..formats import Format, Int8Dynamic
 from ..nn import QuantLinear
 from .machine import Limits, Machine
-from .peers import PEERS, Missing, expand, make_peer
+from .our_formats import arithmetic
+from .peers import PEERS, Layer, Missing, expand, make_peer
 from .timing import Noise, Timing, interleaved, torch_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,9 +27,6 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "smollm": ((576, 576), (576, 192), (576, 1536), (1536, 576)),  # SmolLM2-135M
     "llama": ((4096, 4096), (4096, 11008), (11008, 4096)),  # Llama-2-7B
 }
-
-# What a format needs beside the weight, for x ~ N(0, 1) as the bench makes it.
-_GIVEN = {"input_scale": 4 / 127}
 
 OURS, KERNEL = "tersor", "tersor kernel"
 
@@ -49,7 +46,7 @@ class Row:
     gmacs: float
     gbytes: float
     of_limit: float
-    limited_by: str  # "int8", "f32", or the level of memory the weights come from
+    limited_by: str  # "int8", "f32", "popcount", or the level of memory the weights come from
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -98,39 +95,50 @@ class Bench:
                 torch.manual_seed(0)
                 linear = nn.Linear(k, n).eval()
                 ours = QuantLinear.from_linear(linear, self.format)
+                known: dict[str, Layer] = {OURS: ours, KERNEL: ours}  # layers that serve any number of rows
                 for m in self.rows:
-                    yield from self._case(linear, ours, m, names, machine, limits)
+                    yield from self._case(linear, known, m, names, machine, limits)
                     on_case()
 
     def _case(
-        self, linear: nn.Linear, ours: QuantLinear, m: int, names: list[str], machine: Machine, limits: Limits
+        self, linear: nn.Linear, known: dict[str, Layer], m: int, names: list[str], machine: Machine, limits: Limits
     ) -> Iterator[Row]:
+        ours = known[OURS]
+        assert isinstance(ours, QuantLinear)
         n, k = linear.weight.shape
         x = torch.randn(m, k).to(self.dtype)
         contenders: dict[str, Callable[[], object]] = {}
+        layers = dict(known)
         for name in names:
             try:
-                layer = make_peer(name, linear, x)
+                layers[name] = layer = known.get(name) or make_peer(name, linear, x)
             except Missing as reason:
-                if str(reason) not in self.skipped:
-                    self.skipped.append(str(reason))
+                self._skip(str(reason))
                 continue
+            if isinstance(layer, QuantLinear):
+                known[name] = layer
             contenders[name] = lambda layer=layer: layer(x)  # type: ignore[misc]
         contenders[OURS] = lambda: ours(x)
-        contenders[KERNEL] = kernel_only(ours, x)
+        kernel = kernel_only(ours, x)
+        if kernel is None:
+            self._skip(f"{KERNEL}: {self.format!r} is one op from float rows to y, no kernel can be timed apart from it")
+        else:
+            contenders[KERNEL] = kernel
         # Threads that wait for each other are idle without a neighbour's doing.
         noise = self.noise if self.threads == 1 else None
         timings = interleaved(contenders, self.rounds, self.seconds, noise=noise)
         baseline = timings[next(iter(contenders))].best
         item = x.element_size()
         for name, timing in timings.items():
-            is_ours = name in (OURS, KERNEL)
-            weights = stored_bytes(ours) if is_ours else n * k * (item if PEERS[name].limit == "f32" else 1)
-            arithmetic = self._arithmetic() if is_ours else PEERS[name].limit
+            layer = layers[name]
+            if isinstance(layer, QuantLinear):
+                weights, computes = stored_bytes(layer), arithmetic(layer.format)
+            else:
+                weights, computes = PEERS[name].weight_bytes(n, k, item), PEERS[name].limit
             moved = weights + m * (k + n) * item
             macs = m * n * k
             level = machine.level(weights // self.threads if level_is_private(machine, weights, self.threads) else weights)
-            bounds = {arithmetic: macs / (getattr(limits, arithmetic) * 1e9), level: moved / (limits.read[level] * 1e9)}
+            bounds = {computes: macs / (getattr(limits, computes) * 1e9), level: moved / (limits.read[level] * 1e9)}
             limited_by = max(bounds, key=lambda b: bounds[b])
             yield Row(
                 k,
@@ -147,14 +155,9 @@ class Bench:
                 limited_by,
             )
 
-    def _arithmetic(self) -> str:
-        return "f32" if self.format.op is ops.linear_weight_only else "int8"
-
-
-def example_format(name: str) -> Format:
-    """The format of that name, with what it needs for inputs of the bench."""
-    cls = FORMATS[name]
-    return cls(**{field.name: _GIVEN[field.name] for field in dataclasses.fields(cls) if field.name in _GIVEN})
+    def _skip(self, reason: str) -> None:
+        if reason not in self.skipped:
+            self.skipped.append(reason)
 
 
 def level_is_private(machine: Machine, weights: int, threads: int) -> bool:
@@ -167,16 +170,19 @@ def stored_bytes(layer: QuantLinear) -> int:
     return sum(t.numel() * t.element_size() for t in [*layer.parameters(), *layer.buffers()])
 
 
-def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object]:
-    """The matrix product alone: rows already quantised where the format quantises them, no module around the op."""
+def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object] | None:
+    """The matrix product alone: rows already quantised where the format quantises them, no module around the op. None where the
+    format has no such op: group scales are applied within the product, signs of x are taken within it."""
     parameters, buffers = layer._parameters, layer._buffers
     weight_packed, weight_scale = parameters["weight_packed"], buffers["weight_scale"]
     if layer.format.op is ops.linear_weight_only:
         raw = ops.linear_weight_only.raw
         return lambda: raw(x, weight_packed, weight_scale, layer.bias)
+    if layer.format.op not in (ops.linear_dynamic, ops.linear_static):
+        return None
     q, scale, row_sum = ops.quantize_rows(x)
-    linear_s8 = ops.linear_s8.raw
-    return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype)
+    linear_s8, bits = ops.linear_s8.raw, layer.format.bits
+    return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype, bits)
 
 
 def shapes_of_model(name: str) -> tuple[tuple[int, int], ...]:

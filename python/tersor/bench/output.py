@@ -90,7 +90,10 @@ def plot_roofline(path: Path, rows: Sequence[Row], limits: Limits, title: str) -
     for level, bandwidth in limits.read.items():
         axes.plot([low, high], [low * bandwidth, high * bandwidth], color="0.8", linewidth=1, zorder=1)
         axes.annotate(level, (low * 1.05, low * bandwidth * 1.15), color="0.5", fontsize=8)
-    for name, ceiling in (("int8", limits.int8), ("float32", limits.f32)):
+    ceilings = {"int8": limits.int8, "float32": limits.f32}
+    if any(row.limited_by == "popcount" for row in rows):
+        ceilings["xor + popcount"] = limits.popcount
+    for name, ceiling in ceilings.items():
         axes.axhline(ceiling, color="0.4", linewidth=1, linestyle="--", zorder=1)
         axes.annotate(f"{name} {ceiling:.0f} GMAC/s", (high, ceiling * 1.04), color="0.3", fontsize=8, ha="right")
     for name, series in points.items():
@@ -100,7 +103,7 @@ def plot_roofline(path: Path, rows: Sequence[Row], limits: Limits, title: str) -
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
-    axes.set_ylim(min(y for s in points.values() for _, y in s) / 2, limits.int8 * 1.6)
+    axes.set_ylim(min(y for s in points.values() for _, y in s) / 2, max(ceilings.values()) * 1.6)
     axes.set_xlabel("multiply-adds per byte of weights, input and output")
     axes.set_ylabel("GMAC/s")
     axes.set_title(title, fontsize=9)

@@ -4,15 +4,21 @@ packages beyond torch."""
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import platform
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..formats import Format
+from ..nn import QuantLinear
+from .our_formats import arithmetic, our_formats
 
 Layer = Callable[[Tensor], object]
 
@@ -21,27 +27,49 @@ class Missing(Exception):
     """This peer cannot take part here; the text says why."""
 
 
+# Relative error (Frobenius) against the float layer up to which a contender of so many bits a weight counts as right: on normal x
+# and uniform weights it is about 0.01, 0.07, 0.5 and 0.73 (signs x signs). Without half of its outputs it is 0.71 and more.
+_MAX_ERROR = {32: 0.05, 16: 0.05, 8: 0.1, 4: 0.3, 2: 0.65, 1: 0.8}
+_FEW_OUTPUTS = 256  # on fewer, errors of few bits scatter too much to tell
+
+
 @dataclass(frozen=True)
 class Peer:
-    """make(linear, x) -> a function of x of the shape and dtype given, or Missing. `limit`: the arithmetic it computes with."""
+    """make(linear, x) -> a function of x of the shape and dtype given, or Missing."""
 
     name: str
     make: Callable[[nn.Linear, Tensor], Layer]
-    limit: str  # "f32" or "int8": the limit it is measured against
+    limit: str  # "f32", "int8" or "popcount": the arithmetic it is measured against
     package: str = ""  # import name of what it needs
+    bits: int = 8  # of a stored weight; 32: in the dtype of x
+    group: int = 0  # weights along K that share a scale; 0: all of a channel
+    ours: bool = False
+
+    def weight_bytes(self, n: int, k: int, item: int) -> int:
+        """Bytes of its weights, a float32 scale for each group included; `item`: bytes of an element of x."""
+        if self.bits == 32:
+            return n * k * item
+        return n * k * self.bits // 8 + 4 * n * (k // self.group if self.group else 1)
 
 
 PEERS: dict[str, Peer] = {}
 
 
-def peer(name: str, limit: str, package: str = "") -> Callable[[Callable[[nn.Linear, Tensor], Layer]], Peer]:
+def peer(
+    name: str, limit: str, package: str = "", bits: int = 8, group: int = 0
+) -> Callable[[Callable[[nn.Linear, Tensor], Layer]], Peer]:
     """Decorator that adds a contender to PEERS."""
 
     def add(make: Callable[[nn.Linear, Tensor], Layer]) -> Peer:
-        PEERS[name] = Peer(name, make, limit, package)
+        PEERS[name] = Peer(name, make, limit, package, bits, group)
         return PEERS[name]
 
     return add
+
+
+def rivals(bits: int, group: int | None = None) -> tuple[str, ...]:
+    """Names of the contenders that are not ours, of that width; group: only those of that group size."""
+    return tuple(p.name for p in PEERS.values() if not p.ours and p.bits == bits and group in (None, p.group))
 
 
 def make_peer(name: str, linear: nn.Linear, x: Tensor) -> Layer:
@@ -57,6 +85,7 @@ def make_peer(name: str, linear: nn.Linear, x: Tensor) -> Layer:
         layer(x)
         torch.set_num_threads(threads)  # some packages change it for everybody
         used = cores_used(lambda: layer(x))
+        off = relative_error(layer(x), linear, x)
     except Missing:
         raise
     except Exception as error:  # a peer's own failure must not end the bench
@@ -65,7 +94,30 @@ def make_peer(name: str, linear: nn.Linear, x: Tensor) -> Layer:
         torch.set_num_threads(threads)
     if used > threads + 0.3:
         raise Missing(f"{name}: runs on {used:.1f} cores, {threads} allowed")
+    if not off <= _MAX_ERROR[p.bits]:  # NaN included
+        raise Missing(f"{name}: its result is off by {off:.2f} of the float layer's, expected up to {_MAX_ERROR[p.bits]}")
     return layer
+
+
+@torch.no_grad()
+def relative_error(output: Any, linear: nn.Linear, x: Tensor) -> float:
+    """Of a contender's output against the float layer; 0 where there are too few outputs to tell."""
+    want = linear(x.to(linear.weight.dtype))
+    if want.numel() < _FEW_OUTPUTS:
+        return 0.0
+    got = as_tensor(output).to(want.dtype)
+    if got.shape != want.shape:
+        raise ValueError(f"its result is {list(got.shape)}, expected {list(want.shape)}")
+    return float((got - want).norm() / want.norm())
+
+
+def as_tensor(output: Any) -> Tensor:
+    """What a contender returns as a Tensor: one already, a binding of onnxruntime, or what has its numpy array as .data."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "copy_outputs_to_cpu"):
+        return torch.from_numpy(output.copy_outputs_to_cpu()[0])
+    return torch.from_numpy(output.data)
 
 
 def cores_used(f: Callable[[], object], seconds: float = 0.02) -> float:
@@ -102,7 +154,7 @@ def torch_quantize_dynamic(model: nn.Module, engine: str, per_channel: bool = Fa
         torch.backends.quantized.engine = before
 
 
-@peer("fp32", limit="f32")
+@peer("fp32", limit="f32", bits=32)
 def fp32(linear: nn.Linear, x: Tensor) -> Layer:
     """nn.Linear itself, in the dtype of x."""
     return copy.deepcopy(linear).to(x.dtype)
@@ -119,7 +171,19 @@ def _register_engines() -> None:
         peer(f"quantize-dynamic-{engine}", limit="int8")(make)
 
 
+def _make_ours(linear: nn.Linear, x: Tensor, fmt: Format) -> Layer:
+    return QuantLinear.from_linear(linear, fmt)
+
+
+def _register_ours() -> None:
+    """Each format of ours under tersor-<name>, to compare formats with each other."""
+    for name, fmt in our_formats().items():
+        make = functools.partial(_make_ours, fmt=fmt)
+        PEERS[f"tersor-{name}"] = Peer(f"tersor-{name}", make, arithmetic(fmt), bits=fmt.bits, ours=True)
+
+
 _register_engines()
+_register_ours()
 
 
 def expand(names: list[str]) -> list[str]:

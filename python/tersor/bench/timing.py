@@ -140,10 +140,39 @@ def interleaved(
             samples[name].append(wall / n)
         if on_round:
             on_round()
-    timings = {name: Timing(min(s), sorted(s)[len(s) // 2]) for name, s in samples.items()}
+    timings = {name: _timing(s) for name, s in samples.items()}
     if noise is not None:
         noise.spreads += [t.median / t.best - 1 for t in timings.values()]
     return timings
+
+
+def hot_and_cold(
+    contenders: Mapping[str, Callable[[], object]],
+    evict: Callable[[], object],
+    rounds: int = 7,
+    calls: int = 20,
+) -> dict[str, tuple[Timing, Timing]]:
+    """Two timings of each contender: hot, of `calls` calls in a row of which the first is dropped, and cold, of one call after
+    evict(), which is to push everything out of the caches. Contenders take turns, round after round."""
+    hot: dict[str, list[float]] = {name: [] for name in contenders}
+    cold: dict[str, list[float]] = {name: [] for name in contenders}
+    for f in contenders.values():
+        f()
+    for _ in range(rounds):
+        for name, f in contenders.items():
+            evict()
+            start = time.perf_counter()
+            f()
+            cold[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for _ in range(calls - 1):
+                f()
+            hot[name].append((time.perf_counter() - start) / (calls - 1))
+    return {name: (_timing(hot[name]), _timing(cold[name])) for name in contenders}
+
+
+def _timing(samples: list[float]) -> Timing:
+    return Timing(min(samples), sorted(samples)[len(samples) // 2])
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def group_scale_bytes(scales: Tensor) -> Tensor:
     n, groups = scales.shape
     nt = ceil_div(n, TILE_N)
     padded = torch.nn.functional.pad(scales.to(torch.float16), (0, 0, 0, nt * TILE_N - n))
-    return padded.reshape(nt, TILE_N, groups).permute(0, 2, 1).contiguous().view(torch.uint8)
+    return padded.reshape(nt, TILE_N, groups).permute(0, 2, 1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _check(

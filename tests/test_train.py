@@ -131,6 +131,17 @@ def test_learnt_steps_begin_at_those_of_plain_conversion(group_size):
     assert (a != b).float().mean() < 0.01
 
 
+def test_learnt_numbers_are_float32_whatever_the_default(fmt):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layers = QATLinear(K, N, format=fmt), QATLinear.from_linear(nn.Linear(K, N), fmt)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer in layers:
+        for name, value in layer.state_dict().items():
+            assert value.dtype == (torch.bfloat16 if name in ("weight", "bias") else torch.float32), name
+
+
 # ---- gradients -----------------------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,7 @@ def test_conversion_keeps_codes_scales_and_outputs(fmt):
     if isinstance(fmt, Int8Static):
         assert packed.input_scale != 0.02
         assert_equal(packed.input_scale, layer.learnt_input_scale().detach())
+    assert_equal(packed.dequantize().weight.detach(), layer.quantized_weight().detach())
     close(packed(x).detach(), want, layer, x)
 
 
@@ -130,6 +131,17 @@ def test_learnt_steps_begin_at_those_of_plain_conversion(group_size):
     assert (a != b).float().mean() < 0.01
 
 
+def test_learnt_numbers_are_float32_whatever_the_default(fmt):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layers = QATLinear(K, N, format=fmt), QATLinear.from_linear(nn.Linear(K, N), fmt)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer in layers:
+        for name, value in layer.state_dict().items():
+            assert value.dtype == (torch.bfloat16 if name in ("weight", "bias") else torch.float32), name
+
+
 # ---- gradients -----------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +160,25 @@ def test_scale_gradient_of_binary_by_hand():
     assert torch.allclose(layer.weight.grad, want, rtol=1e-5, atol=1e-6)
 
 
+def test_scale_of_the_whole_weight_and_of_an_absmax_have_gradients():
+    w, c = torch.tensor([[0.1, -0.2], [0.4, -0.9]]), torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    for fmt, s, grad_of_s in (
+        (Ternary("tensor"), w.abs().mean().expand(2, 1), w.sign() / 4),
+        (Int8Dynamic(), w.abs().amax(1, keepdim=True) / 127, torch.tensor([[0.0, -1], [0, -1]]) / 127),
+    ):
+        layer = QATLinear.from_linear(nn.Linear(2, 2, bias=False), fmt)
+        layer.weight.data.copy_(w)
+        (layer.quantized_weight() * c).sum().backward()
+        limit = 1 if fmt.bits == 2 else 127
+        u = w / s
+        # The largest element lies on the edge of the range: whether it counts as inside or not, its gradient is the same.
+        inside = (u.abs() <= limit).float()
+        of_s = c * (u.clamp(-limit, limit).round() - inside * u)
+        of_s = of_s.sum() if fmt.bits == 2 else of_s.sum(1, keepdim=True)
+        assert torch.allclose(layer.weight.grad, c * inside + of_s * grad_of_s, rtol=1e-4, atol=1e-5)
+        assert (of_s * grad_of_s).abs().max() > 1e-3
+
+
 def test_learnt_step_has_the_gradient_of_lsq():
     """d w_hat / d s is q - w / s inside the range and the last code beyond it (LSQ, equation 3); log_step has s times that."""
     layer = QATLinear.from_linear(nn.Linear(4, 1, bias=False), Int4())
@@ -163,13 +194,13 @@ def test_learnt_step_has_the_gradient_of_lsq():
 def test_gradient_of_signs_is_clipped_and_thresholds_learn():
     layer = QATLinear.from_linear(nn.Linear(4, 3, bias=False), BinaryXnor())
     layer.threshold.data.copy_(torch.tensor([0.5, 0.0, 0.0, -0.5]))
-    x = torch.tensor([[0.7, -3.0, 1.0, 0.6]], requires_grad=True)
+    x = torch.tensor([[0.7, -3.0, 1.0, -0.5]], requires_grad=True)
     d = x.detach() - layer.threshold.detach()
     signs = torch.where(d >= 0, 1.0, -1.0)
     assert_equal(layer(x).detach(), nn.functional.linear(d.abs().mean() * signs, layer.quantized_weight().detach()))
     layer(x).sum().backward()
     g = layer.quantized_weight().detach().sum(0)
-    want = d.abs().mean() * g * (d.abs() <= 1) + (g * signs).sum() * signs / 4
+    want = d.abs().mean() * g * (d.abs() <= 1) + (g * signs).sum() * d.sign() / 4
     assert torch.allclose(x.grad, want, rtol=1e-5, atol=1e-6)
     assert torch.allclose(layer.threshold.grad, -want.sum(0), rtol=1e-5, atol=1e-6)
 
@@ -198,6 +229,8 @@ def test_layers_of_zeros_can_leave_zero(fmt):
     assert_equal(layer.convert()(x).detach(), layer.bias.detach().expand(5, N).clone())
     layer(x).sum().backward()
     assert (layer.weight.grad != 0).any(1).all()
+    torch.optim.SGD(layer.parameters(), 1.0).step()
+    assert (layer.quantized_weight() != 0).any(1).all()
 
 
 def test_loss_falls(fmt):
@@ -314,6 +347,12 @@ def test_transformer_layers_take_the_slow_path():
         before = layer(x)
         train.qat_(layer, {"_default": None, "linear1": Binary(), "linear2": Binary()})
         assert (layer(x) - before).abs().max() > 0.01
+    # A layer that was put there by hand, past qat_: packed, it has no weight to read.
+    other = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    other.linear1 = QATLinear.from_linear(other.linear1, Int8Dynamic())
+    train.convert_(other)
+    with torch.no_grad():
+        assert other(x).isfinite().all()
 
 
 def test_state_copies_and_repr(fmt):
@@ -395,6 +434,7 @@ def test_thresholds_are_medians_layer_by_layer(packed):
     net = Net()
     config = {"_default": None, "fc1": BinaryXnor(), "fc3": BinaryXnor()}
     tersor.quantize_(net, config) if packed else train.qat_(net, config)
+    net.fc2 = nn.Sequential(net.fc2, nn.Dropout(0.5))
     net.train()
     batches = [torch.randn(9, K) + 1, torch.randn(8, K) + 1]
     assert train.calibrate_(net, batches) is net
@@ -402,7 +442,7 @@ def test_thresholds_are_medians_layer_by_layer(packed):
     assert_equal(net.fc1.threshold.detach(), x.median(0).values)
     assert 0.5 < net.fc1.threshold.mean() < 1.5
     with torch.no_grad():
-        hidden = torch.cat([gelu(net.fc2(gelu(net.fc1(b)))) for b in batches])
+        hidden = torch.cat([gelu(net.fc2[0](gelu(net.fc1(b)))) for b in batches])
     assert_equal(net.fc3.threshold.detach(), hidden.median(0).values)
     assert net.training
     # a tensor, a tuple of arguments and keywords are one batch each

@@ -121,13 +121,13 @@ class QATLinear(nn.Linear):
         self.format = fmt.stored()
         if isinstance(fmt, Int4):
             groups = 1 if fmt.group_size is None else in_features // fmt.group_size
-            self.register_buffer("step_init", torch.ones(out_features, groups, device=device))
-            self.log_step = nn.Parameter(torch.zeros(out_features, groups, device=device))
+            self.register_buffer("step_init", torch.ones(out_features, groups, device=device, dtype=torch.float32))
+            self.log_step = nn.Parameter(torch.zeros(out_features, groups, device=device, dtype=torch.float32))
         elif isinstance(fmt, Int8Static):
             self.register_buffer("input_init", constants["input_scale"].to(device or torch.get_default_device()))
-            self.log_input = nn.Parameter(torch.zeros((), device=device))
+            self.log_input = nn.Parameter(torch.zeros((), device=device, dtype=torch.float32))
         elif isinstance(fmt, BinaryXnor):
-            self.threshold = nn.Parameter(torch.zeros(in_features, device=device))
+            self.threshold = nn.Parameter(torch.zeros(in_features, device=device, dtype=torch.float32))
         self.reset_steps()
 
     @classmethod
@@ -138,11 +138,11 @@ class QATLinear(nn.Linear):
         device = linear.weight.device
         for name, value in list(layer._parameters.items()):
             if name not in ("weight", "bias") and value is not None:  # all of them start at zero
-                layer._parameters[name] = nn.Parameter(torch.zeros(value.shape, device=device))
+                layer._parameters[name] = nn.Parameter(torch.zeros(value.shape, device=device, dtype=torch.float32))
         if isinstance(format, Int8Static):
             layer.input_init = format.constants()["input_scale"].to(device)
         if "step_init" in layer._buffers:
-            layer.step_init = torch.empty(layer.step_init.shape, device=device)
+            layer.step_init = torch.empty(layer.step_init.shape, device=device, dtype=torch.float32)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
         layer.reset_steps()

@@ -96,6 +96,10 @@ def worst_against_all(threads: int = 1) -> float:
     return min(median_of_three(p.ratio, 1.0, lambda p=p: again(p).ratio) for p in layer_points(threads))  # type: ignore[misc]
 
 
+def peers_note(threads: int) -> str:
+    return f"first measurement: {compare.summary(layer_points(threads))}"
+
+
 def kernel_of_limit(worst: bool) -> float:
     """Share of the measured int8 limit at M >= 256, K and N >= 768: geometric mean over the grid, or its worst shape."""
     shares = [p.rows[KERNEL].of_limit for p in layer_points() if p.m >= 256 and min(p.k, p.n) >= 768]
@@ -125,6 +129,11 @@ def two_threads() -> dict[tuple[int, int, int], float]:
 
 def worst_near_twice() -> float:
     return min(figure for point, figure in two_threads().items() if near_twice(*point))
+
+
+def two_threads_note() -> str:
+    (k, n, m), figure = min(two_threads().items(), key=lambda item: item[1])
+    return f"worst {figure:.2f} ({k}x{n}, M={m}); geometric mean {compare.geometric_mean(list(two_threads().values())):.2f}"
 
 
 def static_speed(k: int, n: int, m: int, rounds: int = 21) -> float:

@@ -19,6 +19,7 @@ from .adapters import guard_merges, in_adapter, reads_base_weight
 from .choice import Choice, row_counts
 from .formats import BY_BITS, Format, Int8Dynamic
 from .nn import QuantLinear, has_values
+from .ops.checks import as_rows
 from .weights import row_blocks
 
 logger = logging.getLogger("tersor")
@@ -423,7 +424,7 @@ def swap_group(places: list[Place], make: Callable[[Place, L | None], L]) -> Non
 
 def is_finite(weight: Tensor) -> bool:
     """By row blocks: of a whole weight, torch.isfinite would allocate more bytes than the weight has."""
-    rows = weight.reshape(-1, weight.shape[-1]) if weight.dim() else weight.reshape(1, 1)
+    rows = as_rows(weight) if weight.dim() else weight.reshape(1, 1)
     return not has_values(weight) or all(bool(torch.isfinite(rows[begin:end]).all()) for begin, end in row_blocks(*rows.shape))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,3 +407,24 @@ def test_tied_weights_share_what_is_packed(fmt):
     model = tersor.quantize_(nn.Sequential(a, b), fmt)
     assert model[0].weight_packed is model[1].weight_packed
     assert all(f in FORMATS for f in (model[0].format, model[1].format))
+
+
+@pytest.mark.parametrize("fmt", [tersor.Int8Static, tersor.BinaryXnor])
+def test_tied_weights_keep_numbers_of_their_own(fmt, tmp_path: Path):
+    def model() -> nn.Module:
+        net = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
+        net["b"].weight = net["a"].weight
+        return net
+
+    static = fmt is tersor.Int8Static
+    net = tersor.quantize_(model(), {"a": fmt(0.01), "b": fmt(0.5)} if static else fmt())
+    name = "input_scale" if static else "threshold"
+    if not static:
+        net["b"].threshold.fill_(0.5)
+    assert net["a"].weight_packed is net["b"].weight_packed
+    want = (0.01, 0.5) if static else (0.0, 0.5)
+    assert tuple(getattr(net[key], name).max().item() for key in "ab") == pytest.approx(want)
+    tersor.save(net, tmp_path / "tied.safetensors")
+    loaded = tersor.load_(model(), tmp_path / "tied.safetensors")
+    assert loaded["a"].weight_packed is loaded["b"].weight_packed
+    assert tuple(getattr(loaded[key], name).max().item() for key in "ab") == pytest.approx(want)

@@ -127,7 +127,8 @@ class LoadPlan:
                     self._check_target(prefix, spec.name, target)
                     tie = identity(target)
                 else:
-                    target, tie = None, (id(module.weight), layer.format, spec.name)
+                    # What does not follow from the weight is not tied with it.
+                    target, tie = None, (id(module.weight if spec.channels else module), layer.format, spec.name)
                 slot = self.slots.setdefault(tie, _Slot(target, spec.shape, spec.dtype))
                 slot.keys.append(join(prefix, spec.name))
                 layer.slots[spec.name] = slot

@@ -393,7 +393,7 @@ def _swap_all(places: list[Place], device: torch.device | str | None, progress: 
 
     def make(place: Place, shared: QuantLinear | None) -> QuantLinear:
         linear = place.layer()
-        layer = QuantLinear.from_linear(linear, place.format) if shared is None else share_weight(shared, linear)
+        layer = QuantLinear.from_linear(linear, place.format) if shared is None else share_weight(shared, linear, place.format)
         layer.speedup = place.speedup
         return layer if device is None else layer.to(device)
 
@@ -428,12 +428,17 @@ def is_finite(weight: Tensor) -> bool:
     return not has_values(weight) or all(bool(torch.isfinite(rows[begin:end]).all()) for begin, end in row_blocks(*rows.shape))
 
 
-def share_weight(shared: QuantLinear, linear: nn.Linear) -> QuantLinear:
+def share_weight(shared: QuantLinear, linear: nn.Linear, fmt: Format) -> QuantLinear:
+    """A layer on the packed weight of `shared`. What does not follow from the weight (an input_scale, a threshold) is its own."""
+    own = fmt.constants()
     layer = QuantLinear(
         linear.in_features, linear.out_features, False, shared.format, torch.device("meta"), dtype=linear.weight.dtype
     )
     for spec in layer.specs():
-        (layer._parameters if spec.parameter else layer._buffers)[spec.name] = getattr(shared, spec.name)
+        value = getattr(shared, spec.name)
+        if spec.name in own:
+            value = own[spec.name].to(value.device).expand(spec.shape).clone()
+        (layer._parameters if spec.parameter else layer._buffers)[spec.name] = value
     layer.bias = linear.bias
     layer.train(linear.training)
     return layer

@@ -274,7 +274,7 @@ def convert_(model: nn.Module) -> nn.Module:
     def make(place: Place, shared: QuantLinear | None) -> QuantLinear:
         layer = place.layer()
         assert isinstance(layer, QATLinear)
-        return layer.convert() if shared is None or layer.own_state() else share_weight(shared, layer)
+        return layer.convert() if shared is None or layer.own_state() else share_weight(shared, layer, place.format)
 
     for group in groups.values():
         swap_group(group, make)

@@ -1,4 +1,4 @@
-"""Tensor parallel, DDP and FSDP2 over 2 and 3 gloo processes. The checks are in parallel_workers.py; each set of processes is
+"""Tensor parallel, DDP and FSDP2 over 2 and 3 gloo processes. The checks are in parallel_workers.py and parallel_few_bits.py; each set of processes is
 started once and runs all of them, since starting costs more than checking."""
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import parallel_workers
+import parallel_common
+import parallel_few_bits  # noqa: F401  its checks join the lists
+import parallel_workers  # noqa: F401
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,12 +22,12 @@ from tersor.parallel import placements, split_size, split_unit
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo in this torch")
 
 TIMEOUT_S = 60
-NAMES = {2: parallel_workers.EVERY_WORLD + parallel_workers.TWO_RANKS, 3: parallel_workers.EVERY_WORLD}
+NAMES = {2: parallel_common.EVERY_WORLD + parallel_common.TWO_RANKS, 3: parallel_common.EVERY_WORLD}
 
 
 def spawn(world: int, folder: Path) -> dict[str, str]:
     """Runs NAMES[world] on `world` processes; the verdict for each name that was reached."""
-    context = mp.start_processes(parallel_workers.run, (world, str(folder), NAMES[world]), world, join=False, start_method="spawn")
+    context = mp.start_processes(parallel_common.run, (world, str(folder), NAMES[world]), world, join=False, start_method="spawn")
     deadline = time.monotonic() + TIMEOUT_S
     died = ""
     try:

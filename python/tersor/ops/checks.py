@@ -102,7 +102,7 @@ def check_per_row(function: str, name: str, t: Tensor, dtype: torch.dtype, lead:
         raise ValueError(f"{function}: {name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(lead)}, one for each row")
 
 
-GROUP_UNIT = 32  # the sizes of scale groups are multiples of it: the quantiser of the activations sums 32 k at a time
+GROUP_UNIT = 32  # the sizes of scale groups are multiples of it: whole words of codes of every width
 
 
 def check_group_scale(function: str, group_scale: Tensor, n: int, k: int) -> int:

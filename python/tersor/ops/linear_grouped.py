@@ -7,8 +7,7 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import as_rows, check_device, check_group_scale, check_x
-from .checks import check_weights as _check_weights
+from .checks import as_rows, check_group_scale, check_linear
 from .epilogues import EPILOGUES
 from .quantize_rows import quantize_rows
 from .tiles import TILE_N, ceil_div, to_rows
@@ -35,11 +34,9 @@ def group_scale_bytes(scales: Tensor) -> Tensor:
 def _check(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
 ) -> Tensor:
-    k = check_x("linear_grouped", x)
-    check_device("linear_grouped", x, weight_packed=weight_packed, weight_scale=weight_scale, group_scale=group_scale, bias=bias)
-    n = _check_weights("linear_grouped", k, weight_packed, weight_scale, bias, epilogue, BITS)
-    check_group_scale("linear_grouped", group_scale, n, k)
-    return x.new_empty((*x.shape[:-1], n))
+    y = check_linear("linear_grouped", x, weight_packed, weight_scale, bias, epilogue, BITS, group_scale=group_scale)
+    check_group_scale("linear_grouped", group_scale, y.shape[-1], x.shape[-1])
+    return y
 
 
 @op(

@@ -6,14 +6,6 @@ namespace {
 constexpr float kTinyAbsmax = 7.888609052210118e-31f;  // 2^-100: below it 127/absmax nears the end of the float range
 constexpr int32_t kInfBits = 0x7f800000;
 
-// The last, incomplete vector of a row, padded with zeros.
-inline Vf load_tail(const void* x, Dtype dtype, int64_t k, int64_t K) {
-  alignas(64) char padded[Isa::kLanes * 4] = {};
-  const int64_t bytes = dtype_bytes(dtype);
-  __builtin_memcpy(padded, static_cast<const char*>(x) + k * bytes, static_cast<size_t>((K - k) * bytes));
-  return load_as(padded, dtype, 0);
-}
-
 // Bits of max |x|: sign-cleared floats order like integers, and NaN and inf come out on top (>= kInfBits).
 template <Dtype kDtype>
 int32_t absmax_bits(const void* x, int64_t K) {
@@ -128,8 +120,8 @@ void quantize_rows(const QuantizeArgs& a) {
       if (a.K > 0) __builtin_memset(q, 0, static_cast<size_t>(a.K));
       a.row_sum[m] = 0;
     } else {
-      a.row_sum[m] = (a.absmax ? quantize_row<kDtype, true, false> : quantize_row<kDtype, false, false>)(x, a.K, 127.0f / absmax,
-                                                                                                         q, nullptr);
+      a.row_sum[m] =
+          (a.absmax ? quantize_row<kDtype, true, false> : quantize_row<kDtype, false, false>)(x, a.K, 127.0f / absmax, q, nullptr);
     }
   }
 }

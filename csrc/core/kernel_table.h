@@ -76,8 +76,8 @@ struct NormArgs {
   Rows x;
   Rows residual;  // x: null: s = x
   int64_t M, K;
-  const float* weight;  // [K] or null
-  const float* bias;    // [K] or null
+  const float* weight;  // [K]
+  const float* bias;    // [K]; not read for rms
   float eps;
   bool rms;
   int8_t* q;         // [M][K]

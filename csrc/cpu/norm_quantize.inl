@@ -6,15 +6,20 @@ namespace {
 
 constexpr int kStatLanes = 32;  // partial sums of a row, lane k mod 32: what hides the latency of an addition on AVX2 and AVX-512
 constexpr int kStatVecs = kStatLanes / Isa::kLanes;
-constexpr float kLeastSpread = 0.125f;  // variance against the mean square around the row's first value
+constexpr float kLeastSpread = 0.125f;  // variance over the mean square around the first value: below it too much has cancelled
 
 // The lanes in halves: i and i + 16, then 8, 4, 2, 1.
 inline float add_lanes(Vf (&sums)[kStatVecs]) {
+#pragma GCC unroll 4
   for (int half = kStatVecs / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
     for (int i = 0; i < half; ++i) sums[i] = Isa::add(sums[i], sums[half + i]);
   }
   return Isa::reduce_add(sums[0]);
 }
+
+// a + b where multiplications are not what the loop waits for: x * 1 is exact, so the sum is that of add() to the bit.
+inline Vf add_by_fma(Vf a, Vf b) { return Isa::muladd(a, Isa::set1(1.0f), b); }
 
 // v rounded to a dtype and back.
 template <Dtype kDtype>
@@ -35,9 +40,15 @@ inline Vf first_lanes(Vf v, int64_t count) {
   return load_tail(lanes, Dtype::f32, 0, count);
 }
 
-template <Dtype kDtype>
-void store_row(void* row, int64_t k, int64_t K, Vf v) {
-  if (k + Isa::kLanes <= K) {
+// A row of floats, read and written without a byte past its end: kWhole says that the vector at k lies within.
+template <Dtype kDtype, bool kWhole>
+Vf load_part(const void* row, int64_t k, int64_t K) {
+  if constexpr (kWhole) return load_as(row, kDtype, k);
+  return load_tail(row, kDtype, k, K);
+}
+template <Dtype kDtype, bool kWhole>
+void store_part(void* row, int64_t k, int64_t K, Vf v) {
+  if constexpr (kWhole) {
     store_as(row, kDtype, k, v);
   } else {
     alignas(64) char last[Isa::kLanes * 4];
@@ -46,135 +57,151 @@ void store_row(void* row, int64_t k, int64_t K, Vf v) {
   }
 }
 
-// f(v, k) for each vector of a row, v = k / kLanes mod kStatVecs.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// f(v, k, whole) for each vector of a row, v = k / kLanes mod kStatVecs.
 template <typename F>
 [[gnu::always_inline]] inline void each_vector(int64_t K, F f) {
   int64_t k = 0;
   for (; k + kStatLanes <= K; k += kStatLanes) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kStatVecs; ++v) f(v, k + v * Isa::kLanes);
+    for (int v = 0; v < kStatVecs; ++v) f(v, k + v * Isa::kLanes, Flag<true>{});
   }
-  for (int v = 0; k < K; ++v, k += Isa::kLanes) f(v, k);
+  int v = 0;
+  for (; k + Isa::kLanes <= K; ++v, k += Isa::kLanes) f(v, k, Flag<true>{});
+  if (k < K) f(v, k, Flag<false>{});
 }
 
 struct Moments {
-  float mean, inverse;  // 1 / sqrt(variance + eps), or of the mean square
+  float mean, inverse;  // inverse: 1 / sqrt(variance + eps), or of the mean square
 };
+
+// sum of (s - mean)^2, less what the rounding of the mean adds.
+template <Dtype kDtype>
+[[gnu::noinline]] float spread_around(const void* s, int64_t K, float mean) {
+  Vf sum[kStatVecs], square[kStatVecs];
+  for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
+  const Vf centre = Isa::set1(mean);
+  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+    Vf d = Isa::sub(load_part<kDtype, whole.value>(s, k, K), centre);
+    if constexpr (!whole.value) d = first_lanes(d, K - k);
+    sum[v] = Isa::add(sum[v], d);
+    square[v] = Isa::add(square[v], Isa::mul(d, d));
+  });
+  const float squares = add_lanes(square), total = add_lanes(sum);
+  const float spread = squares - total * (total / static_cast<float>(K));
+  return spread >= 0.0f ? spread : squares;
+}
+
+// Moments of s = x + residual, which is left in `s`; without a residual s is x, and the pointer is not used.
+template <Dtype kDtype, bool kResidual, bool kRms>
+Moments moments(const void* x, const void* residual, int64_t K, float eps, float* s) {
+  const float share = 1.0f / static_cast<float>(K);
+  Vf sum[kStatVecs], square[kStatVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
+  auto load_s = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+    const Vf from = load_part<kDtype, whole.value>(x, k, K);
+    if constexpr (!kResidual) return from;
+    return rounded<kDtype>(Isa::add(from, load_part<kDtype, whole.value>(residual, k, K)));
+  };
+  // Around the row's first value one pass will do: squares around 0 would cancel where the mean is large.
+  alignas(64) float first[Isa::kLanes] = {};
+  if (!kRms && K > 0) K >= Isa::kLanes ? Isa::store(first, load_s(0, Flag<true>{})) : Isa::store(first, load_s(0, Flag<false>{}));
+  const Vf shift = Isa::set1(first[0]);
+  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+    Vf d = load_s(k, whole);
+    if constexpr (kResidual) store_part<Dtype::f32, whole.value>(s, k, K, d);
+    if constexpr (!kRms) {
+      d = Isa::sub(d, shift);
+      if constexpr (!whole.value) d = first_lanes(d, K - k);
+      sum[v] = add_by_fma(d, sum[v]);
+    }
+    square[v] = Isa::add(square[v], Isa::mul(d, d));
+  });
+  const float squares = add_lanes(square);
+  if constexpr (kRms) return {0.0f, 1.0f / __builtin_sqrtf(squares * share + eps)};
+  const float total = add_lanes(sum), offset = total * share, mean = first[0] + offset;
+  float spread = squares - total * offset;
+  // The first value may lie far out: then little is left of the difference (nothing after an overflow, NaN among NaNs).
+  if (!(spread >= squares * kLeastSpread)) {
+    spread = kResidual ? spread_around<Dtype::f32>(s, K, mean) : spread_around<kDtype>(x, K, mean);
+  }
+  return {mean, 1.0f / __builtin_sqrtf(spread * share + eps)};
+}
+
+// y, f32 values of kDtype; returns the bits of its largest magnitude.
+template <Dtype kDtype, Dtype kFrom, bool kRms>
+int32_t normalize(const void* s, const NormArgs& a, const Moments& moments, float* y) {
+  const Vi magnitude = Isa::set1_i(0x7fffffff);
+  const Vf mean = Isa::set1(moments.mean), inverse = Isa::set1(moments.inverse);
+  const int64_t K = a.K;
+  const float *weight = a.weight, *bias = a.bias;
+  Vi largest[kStatVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kStatVecs; ++v) largest[v] = Isa::zero_i();
+  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+    Vf value = load_part<kFrom, whole.value>(s, k, K);
+    if constexpr (!kRms) value = Isa::sub(value, mean);
+    value = Isa::mul(Isa::mul(value, inverse), load_part<Dtype::f32, whole.value>(weight, k, K));
+    if constexpr (!kRms) value = Isa::add(value, load_part<Dtype::f32, whole.value>(bias, k, K));
+    value = rounded<kDtype>(value);
+    if constexpr (!whole.value) value = first_lanes(value, K - k);
+    store_part<Dtype::f32, whole.value>(y, k, K, value);
+    largest[v] = Isa::max_i(largest[v], Isa::and_i(Isa::bits(value), magnitude));
+  });
+  for (int v = 1; v < kStatVecs; ++v) largest[0] = Isa::max_i(largest[0], largest[v]);
+  return Isa::reduce_max(largest[0]);
+}
+
+// f32 values of kDtype where they are wanted.
+template <Dtype kDtype>
+[[gnu::noinline]] void narrow_row(const float* from, int64_t K, void* to) {
+  each_vector(K, [&](int, int64_t k, auto whole) __attribute__((always_inline)) {
+    store_part<kDtype, whole.value>(to, k, K, load_part<Dtype::f32, whole.value>(from, k, K));
+  });
+}
 
 template <Dtype kDtype, bool kResidual, bool kRms>
-struct Norm {
-  const NormArgs& a;
-  const Vi magnitude = Isa::set1_i(0x7fffffff);
-
-  static Vf load(const void* row, Dtype dtype, int64_t k, int64_t K) {
-    return k + Isa::kLanes <= K ? load_as(row, dtype, k) : load_tail(row, dtype, k, K);
-  }
-  const char* x_row(int64_t m) const { return element(a.x.x, kDtype, m * a.x.ld); }
-  // Rows of s: x itself, or what moments() has left in scratch. Two, as those of the next row are taken before this one is done.
-  float* s_row(int64_t m) const { return a.scratch + (1 + (m & 1)) * round_up(a.K, 64); }
-  Vf load_s(int64_t m, int64_t k) const {
-    if constexpr (kResidual) return Isa::load(s_row(m) + k);
-    return load(x_row(m), kDtype, k, a.K);
-  }
-
-  Vf add_residual(int64_t m, int64_t k) const {
-    const Vf x = load(x_row(m), kDtype, k, a.K);
-    if constexpr (!kResidual) return x;
-    return rounded<kDtype>(Isa::add(x, load(element(a.residual.x, kDtype, m * a.residual.ld), kDtype, k, a.K)));
-  }
-
-  Moments moments(int64_t m) const {
-    const int64_t K = a.K;
-    const float share = 1.0f / static_cast<float>(K);
-    Vf sum[kStatVecs], square[kStatVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
-    // Around the row's first value one pass will do: squares around 0 would cancel where the mean is large.
-    alignas(64) float first[Isa::kLanes] = {};
-    if constexpr (!kRms) Isa::store(first, add_residual(m, 0));
-    const Vf shift = Isa::set1(first[0]);
-    each_vector(K, [&](int v, int64_t k) __attribute__((always_inline)) {
-      const Vf s = add_residual(m, k);
-      if constexpr (kResidual) Isa::store(s_row(m) + k, s);
-      if (a.sum) store_row<kDtype>(element(a.sum, kDtype, m * K), k, K, s);
-      if constexpr (kRms) {
-        square[v] = Isa::add(square[v], Isa::mul(s, s));
-      } else {
-        Vf d = Isa::sub(s, shift);
-        if (k + Isa::kLanes > K) d = first_lanes(d, K - k);
-        sum[v] = Isa::add(sum[v], d);
-        square[v] = Isa::add(square[v], Isa::mul(d, d));
-      }
-    });
-    const float squares = add_lanes(square);
-    if constexpr (kRms) return {0.0f, 1.0f / __builtin_sqrtf(squares * share + a.eps)};
-    float total = add_lanes(sum), offset = total * share;
-    float spread = squares - total * offset;
-    float mean = first[0] + offset;
-    // The first value may be an outlier: then the difference says little (or nothing, NaN and overflow included).
-    if (!(spread >= squares * kLeastSpread)) {
-      spread = spread_around(m, mean);
+void norm_rows(const NormArgs& a) {
+  constexpr bool kNarrow = kDtype != Dtype::f32;
+  constexpr Dtype kFrom = kResidual ? Dtype::f32 : kDtype;
+  const int64_t K = a.K, ld = round_up(K, 64);
+  auto at = [&](void* rows, int64_t m) { return element(rows, kDtype, m * K); };
+  auto x = [&](int64_t m) { return element(a.x.x, kDtype, m * a.x.ld); };
+  // Two rows of s, as those of the next row are taken before this one is done. f32 rows that are wanted are written in place.
+  auto s = [&](int64_t m) { return !kNarrow && a.sum ? reinterpret_cast<float*>(at(a.sum, m)) : a.scratch + (1 + m % 2) * ld; };
+  auto moments_of = [&](int64_t m) {
+    if (!kResidual) {
+      if (a.sum) __builtin_memcpy(at(a.sum, m), x(m), static_cast<size_t>(K * dtype_bytes(kDtype)));
+      return moments<kDtype, kResidual, kRms>(x(m), nullptr, K, a.eps, nullptr);
     }
-    return {mean, 1.0f / __builtin_sqrtf(spread * share + a.eps)};
-  }
+    const Moments found = moments<kDtype, kResidual, kRms>(x(m), element(a.residual.x, kDtype, m * a.residual.ld), K, a.eps, s(m));
+    if (kNarrow && a.sum) narrow_row<kDtype>(s(m), K, at(a.sum, m));
+    return found;
+  };
 
-  // sum of (s - mean)^2, less what the rounding of the mean adds.
-  [[gnu::noinline]] float spread_around(int64_t m, float mean) const {
-    const int64_t K = a.K;
-    Vf sum[kStatVecs], square[kStatVecs];
-    for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
-    const Vf centre = Isa::set1(mean);
-    each_vector(K, [&](int v, int64_t k) __attribute__((always_inline)) {
-      Vf d = Isa::sub(load_s(m, k), centre);
-      if (k + Isa::kLanes > K) d = first_lanes(d, K - k);
-      sum[v] = Isa::add(sum[v], d);
-      square[v] = Isa::add(square[v], Isa::mul(d, d));
-    });
-    const float squares = add_lanes(square), total = add_lanes(sum);
-    const float spread = squares - total * (total / static_cast<float>(K));
-    return spread >= 0.0f ? spread : squares;
+  // Reductions and roots take as long as a third of a pass: each is followed by work that does not wait for it.
+  Moments next = moments_of(0);
+  for (int64_t m = 0; m < a.M; ++m) {
+    float* y = !kNarrow && a.y ? reinterpret_cast<float*>(at(a.y, m)) : a.scratch;
+    const void* from = kResidual ? static_cast<const void*>(s(m)) : x(m);
+    const int32_t absmax = normalize<kDtype, kFrom, kRms>(from, a, next, y);
+    if (m + 1 < a.M) next = moments_of(m + 1);
+    if (kNarrow && a.y) narrow_row<kDtype>(y, K, at(a.y, m));
+    quantize_by<Dtype::f32, false>(y, K, absmax, a.q + m * K, a.scale + m, a.row_sum + m);
   }
-
-  // y in scratch (and where it is wanted); returns the bits of its largest magnitude.
-  int32_t normalize(int64_t m, const Moments& moments) const {
-    const int64_t K = a.K;
-    const Vf mean = Isa::set1(moments.mean), inverse = Isa::set1(moments.inverse);
-    Vi largest[kStatVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kStatVecs; ++v) largest[v] = Isa::zero_i();
-    each_vector(K, [&](int v, int64_t k) __attribute__((always_inline)) {
-      Vf y = load_s(m, k);
-      if constexpr (!kRms) y = Isa::sub(y, mean);
-      y = Isa::mul(y, inverse);
-      if (a.weight) y = Isa::mul(y, load(a.weight, Dtype::f32, k, K));
-      if (a.bias) y = Isa::add(y, load(a.bias, Dtype::f32, k, K));
-      y = rounded<kDtype>(y);
-      if (k + Isa::kLanes > K) y = first_lanes(y, K - k);
-      if (a.y) store_row<kDtype>(element(a.y, kDtype, m * K), k, K, y);
-      Isa::store(a.scratch + k, y);
-      largest[v] = Isa::max_i(largest[v], Isa::and_i(Isa::bits(y), magnitude));
-    });
-    for (int v = 1; v < kStatVecs; ++v) largest[0] = Isa::max_i(largest[0], largest[v]);
-    return Isa::reduce_max(largest[0]);
-  }
-
-  // Reductions take as long as a third of a pass: each is followed by work that does not wait for it.
-  void run() const {
-    Moments next = moments(0);
-    for (int64_t m = 0; m < a.M; ++m) {
-      const int32_t absmax = normalize(m, next);
-      if (m + 1 < a.M) next = moments(m + 1);
-      quantize_by<Dtype::f32, false>(a.scratch, a.K, absmax, a.q + m * a.K, a.scale + m, a.row_sum + m);
-    }
-  }
-};
+}
 
 template <Dtype kDtype>
-void norm_rows(const NormArgs& a) {
+void norm_dtype(const NormArgs& a) {
   if (a.rms) {
-    a.residual.x ? Norm<kDtype, true, true>{a}.run() : Norm<kDtype, false, true>{a}.run();
+    (a.residual.x ? norm_rows<kDtype, true, true> : norm_rows<kDtype, false, true>)(a);
   } else {
-    a.residual.x ? Norm<kDtype, true, false>{a}.run() : Norm<kDtype, false, false>{a}.run();
+    (a.residual.x ? norm_rows<kDtype, true, false> : norm_rows<kDtype, false, false>)(a);
   }
 }
 
@@ -182,11 +209,11 @@ void norm_quantize_x(const NormArgs& a) {
   if (a.M <= 0) return;
   switch (a.x.dtype) {
     case Dtype::f32:
-      return norm_rows<Dtype::f32>(a);
+      return norm_dtype<Dtype::f32>(a);
     case Dtype::bf16:
-      return norm_rows<Dtype::bf16>(a);
+      return norm_dtype<Dtype::bf16>(a);
     case Dtype::f16:
-      return norm_rows<Dtype::f16>(a);
+      return norm_dtype<Dtype::f16>(a);
     case Dtype::s32:
       return;
   }

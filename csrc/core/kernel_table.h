@@ -69,9 +69,9 @@ struct QuantizeArgs {
 };
 
 // Rows [0, M) of s = x + residual, rounded to the dtype of x, are normalised and become s8 rows as QuantizeArgs makes them:
-//   layer  y = ((s - mean) * (1 / sqrt(variance + eps))) * weight + bias
-//   rms    y = (s * (1 / sqrt(mean of s^2 + eps))) * weight
-// in f32, rounded to the dtype of x. Sums in 32 lanes by k mod 32, the lanes in a tree (norm_quantize.inl).
+//   layer  y = (s * inverse - mean * inverse) * weight + bias    inverse = 1 / sqrt(variance + eps)
+//   rms    y = (s * inverse) * weight                            inverse = 1 / sqrt(mean of s^2 + eps)
+// in f32 with fma, rounded to the dtype of x. Sums in 32 lanes by k mod 32, the lanes in a tree (norm_quantize.inl).
 struct NormArgs {
   Rows x;
   Rows residual;  // x: null: s = x

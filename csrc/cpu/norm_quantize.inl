@@ -1,12 +1,12 @@
 // Layer and RMS norm to s8 rows: the formula of NormArgs in kernel_table.h. x is read once from memory; what follows finds the row
-// in L1. Sums are in a fixed order and nothing is fused, so every variant gives the same bits.
+// in L1. Sums are in a fixed order and fma rounds once everywhere, so every variant gives the same bits.
 
 namespace tersor::TERSOR_ISA {
 namespace {
 
 constexpr int kStatLanes = 32;  // partial sums of a row, lane k mod 32: what hides the latency of an addition on AVX2 and AVX-512
 constexpr int kStatVecs = kStatLanes / Isa::kLanes;
-constexpr float kLeastSpread = 0.125f;  // variance over the mean square around the first value: below it too much has cancelled
+constexpr float kLeastSpread = 0.125f;  // variance over the mean square: below it too much has cancelled
 
 // The lanes in halves: i and i + 16, then 8, 4, 2, 1.
 inline float add_lanes(Vf (&sums)[kStatVecs]) {
@@ -17,9 +17,6 @@ inline float add_lanes(Vf (&sums)[kStatVecs]) {
   }
   return Isa::reduce_add(sums[0]);
 }
-
-// a + b where multiplications are not what the loop waits for: x * 1 is exact, so the sum is that of add() to the bit.
-inline Vf add_by_fma(Vf a, Vf b) { return Isa::muladd(a, Isa::set1(1.0f), b); }
 
 // v rounded to a dtype and back.
 template <Dtype kDtype>
@@ -75,8 +72,9 @@ template <typename F>
   if (k < K) f(v, k, Flag<false>{});
 }
 
+// y = ((s * inverse) + shift) * weight + bias: inverse = 1 / sqrt(variance + eps), or of the mean square; shift = -mean * inverse.
 struct Moments {
-  float mean, inverse;  // inverse: 1 / sqrt(variance + eps), or of the mean square
+  float inverse, shift;
 };
 
 // sum of (s - mean)^2, less what the rounding of the mean adds.
@@ -89,7 +87,7 @@ template <Dtype kDtype>
     Vf d = Isa::sub(load_part<kDtype, whole.value>(s, k, K), centre);
     if constexpr (!whole.value) d = first_lanes(d, K - k);
     sum[v] = Isa::add(sum[v], d);
-    square[v] = Isa::add(square[v], Isa::mul(d, d));
+    square[v] = Isa::fma(d, d, square[v]);
   });
   const float squares = add_lanes(square), total = add_lanes(sum);
   const float spread = squares - total * (total / static_cast<float>(K));
@@ -108,36 +106,29 @@ Moments moments(const void* x, const void* residual, int64_t K, float eps, float
     if constexpr (!kResidual) return from;
     return rounded<kDtype>(Isa::add(from, load_part<kDtype, whole.value>(residual, k, K)));
   };
-  // Around the row's first value one pass will do: squares around 0 would cancel where the mean is large.
-  alignas(64) float first[Isa::kLanes] = {};
-  if (!kRms && K > 0) K >= Isa::kLanes ? Isa::store(first, load_s(0, Flag<true>{})) : Isa::store(first, load_s(0, Flag<false>{}));
-  const Vf shift = Isa::set1(first[0]);
   each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
-    Vf d = load_s(k, whole);
+    const Vf d = load_s(k, whole);
     if constexpr (kResidual) store_part<Dtype::f32, whole.value>(s, k, K, d);
-    if constexpr (!kRms) {
-      d = Isa::sub(d, shift);
-      if constexpr (!whole.value) d = first_lanes(d, K - k);
-      sum[v] = add_by_fma(d, sum[v]);
-    }
-    square[v] = Isa::add(square[v], Isa::mul(d, d));
+    if constexpr (!kRms) sum[v] = Isa::add(sum[v], d);
+    square[v] = Isa::fma(d, d, square[v]);
   });
   const float squares = add_lanes(square);
-  if constexpr (kRms) return {0.0f, 1.0f / __builtin_sqrtf(squares * share + eps)};
-  const float total = add_lanes(sum), offset = total * share, mean = first[0] + offset;
-  float spread = squares - total * offset;
-  // The first value may lie far out: then little is left of the difference (nothing after an overflow, NaN among NaNs).
+  if constexpr (kRms) return {1.0f / __builtin_sqrtf(squares * share + eps), 0.0f};
+  const float total = add_lanes(sum), mean = total * share;
+  float spread = squares - total * mean;
+  // Far from 0 little is left of the difference (nothing after an overflow, NaN among NaNs): once more, around the mean.
   if (!(spread >= squares * kLeastSpread)) {
     spread = kResidual ? spread_around<Dtype::f32>(s, K, mean) : spread_around<kDtype>(x, K, mean);
   }
-  return {mean, 1.0f / __builtin_sqrtf(spread * share + eps)};
+  const float inverse = 1.0f / __builtin_sqrtf(spread * share + eps);
+  return {inverse, -(mean * inverse)};
 }
 
 // y, f32 values of kDtype; returns the bits of its largest magnitude.
 template <Dtype kDtype, Dtype kFrom, bool kRms>
 int32_t normalize(const void* s, const NormArgs& a, const Moments& moments, float* y) {
   const Vi magnitude = Isa::set1_i(0x7fffffff);
-  const Vf mean = Isa::set1(moments.mean), inverse = Isa::set1(moments.inverse);
+  const Vf inverse = Isa::set1(moments.inverse), shift = Isa::set1(moments.shift);
   const int64_t K = a.K;
   const float *weight = a.weight, *bias = a.bias;
   Vi largest[kStatVecs];
@@ -145,9 +136,12 @@ int32_t normalize(const void* s, const NormArgs& a, const Moments& moments, floa
   for (int v = 0; v < kStatVecs; ++v) largest[v] = Isa::zero_i();
   each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
     Vf value = load_part<kFrom, whole.value>(s, k, K);
-    if constexpr (!kRms) value = Isa::sub(value, mean);
-    value = Isa::mul(Isa::mul(value, inverse), load_part<Dtype::f32, whole.value>(weight, k, K));
-    if constexpr (!kRms) value = Isa::add(value, load_part<Dtype::f32, whole.value>(bias, k, K));
+    const Vf w = load_part<Dtype::f32, whole.value>(weight, k, K);
+    if constexpr (kRms) {
+      value = Isa::mul(Isa::mul(value, inverse), w);
+    } else {
+      value = Isa::fma(Isa::fma(value, inverse, shift), w, load_part<Dtype::f32, whole.value>(bias, k, K));
+    }
     value = rounded<kDtype>(value);
     if constexpr (!whole.value) value = first_lanes(value, K - k);
     store_part<Dtype::f32, whole.value>(y, k, K, value);

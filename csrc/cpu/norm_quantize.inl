@@ -4,15 +4,15 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int kStatLanes = 32;  // partial sums of a row, lane k mod 32: what hides the latency of an addition on AVX2 and AVX-512
+constexpr int kStatLanes = 64;  // partial sums of a row, lane k mod 64: four registers of AVX-512 hide the latency of fma
 constexpr int kStatVecs = kStatLanes / Isa::kLanes;
 constexpr float kLeastSpread = 0.125f;  // variance over the mean square: below it too much has cancelled
 
-// The lanes in halves: i and i + 16, then 8, 4, 2, 1.
+// The lanes in halves: i and i + 32, then 16, 8, 4, 2, 1.
 inline float add_lanes(Vf (&sums)[kStatVecs]) {
 #pragma GCC unroll 4
   for (int half = kStatVecs / 2; half > 0; half /= 2) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) sums[i] = Isa::add(sums[i], sums[half + i]);
   }
   return Isa::reduce_add(sums[0]);
@@ -23,6 +23,8 @@ template <Dtype kDtype>
 Vf rounded(Vf v) {
   if constexpr (kDtype == Dtype::f32) {
     return v;
+  } else if constexpr (kDtype == Dtype::bf16) {
+    return Isa::from_bits(Isa::shl<16>(to_bf16(v)));
   } else {
     alignas(64) uint16_t narrow[Isa::kLanes];
     store_as(narrow, kDtype, 0, v);
@@ -64,7 +66,7 @@ template <typename F>
 [[gnu::always_inline]] inline void each_vector(int64_t K, F f) {
   int64_t k = 0;
   for (; k + kStatLanes <= K; k += kStatLanes) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < kStatVecs; ++v) f(v, k + v * Isa::kLanes, Flag<true>{});
   }
   int v = 0;
@@ -99,7 +101,7 @@ template <Dtype kDtype, bool kResidual, bool kRms>
 Moments moments(const void* x, const void* residual, int64_t K, float eps, float* s) {
   const float share = 1.0f / static_cast<float>(K);
   Vf sum[kStatVecs], square[kStatVecs];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
   auto load_s = [&](int64_t k, auto whole) __attribute__((always_inline)) {
     const Vf from = load_part<kDtype, whole.value>(x, k, K);
@@ -124,31 +126,56 @@ Moments moments(const void* x, const void* residual, int64_t K, float eps, float
   return {inverse, -(mean * inverse)};
 }
 
-// y, f32 values of kDtype; returns the bits of its largest magnitude.
-template <Dtype kDtype, Dtype kFrom, bool kRms>
-int32_t normalize(const void* s, const NormArgs& a, const Moments& moments, float* y) {
+// Rows that are normalised together: they share the loads of weight and bias.
+template <int kRows>
+struct Group {
+  const void* s[kRows];
+  float* y[kRows];  // f32 values of the dtype of x
+  Moments moments[kRows];
+  int32_t absmax[kRows];  // bits of the largest magnitude of y
+};
+
+template <Dtype kDtype, Dtype kFrom, bool kRms, int kRows>
+void normalize(const NormArgs& a, Group<kRows>& rows) {
   const Vi magnitude = Isa::set1_i(0x7fffffff);
-  const Vf inverse = Isa::set1(moments.inverse), shift = Isa::set1(moments.shift);
   const int64_t K = a.K;
   const float *weight = a.weight, *bias = a.bias;
-  Vi largest[kStatVecs];
-#pragma GCC unroll 8
-  for (int v = 0; v < kStatVecs; ++v) largest[v] = Isa::zero_i();
-  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
-    Vf value = load_part<kFrom, whole.value>(s, k, K);
+  Group<kRows> g = rows;
+  Vf inverse[kRows], shift[kRows];
+  Vi largest[kRows][2];
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) {
+    inverse[i] = Isa::set1(g.moments[i].inverse);
+    shift[i] = Isa::set1(g.moments[i].shift);
+    largest[i][0] = largest[i][1] = Isa::zero_i();
+  }
+  auto part = [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
     const Vf w = load_part<Dtype::f32, whole.value>(weight, k, K);
-    if constexpr (kRms) {
-      value = Isa::mul(Isa::mul(value, inverse), w);
-    } else {
-      value = Isa::fma(Isa::fma(value, inverse, shift), w, load_part<Dtype::f32, whole.value>(bias, k, K));
+    Vf b;
+    if constexpr (!kRms) b = load_part<Dtype::f32, whole.value>(bias, k, K);
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      Vf value = load_part<kFrom, whole.value>(g.s[i], k, K);
+      if constexpr (kRms) {
+        value = Isa::mul(Isa::mul(value, inverse[i]), w);
+      } else {
+        value = Isa::fma(Isa::fma(value, inverse[i], shift[i]), w, b);
+      }
+      value = rounded<kDtype>(value);
+      if constexpr (!whole.value) value = first_lanes(value, K - k);
+      store_part<Dtype::f32, whole.value>(g.y[i], k, K, value);
+      largest[i][v] = Isa::max_i(largest[i][v], Isa::and_i(Isa::bits(value), magnitude));
     }
-    value = rounded<kDtype>(value);
-    if constexpr (!whole.value) value = first_lanes(value, K - k);
-    store_part<Dtype::f32, whole.value>(y, k, K, value);
-    largest[v] = Isa::max_i(largest[v], Isa::and_i(Isa::bits(value), magnitude));
-  });
-  for (int v = 1; v < kStatVecs; ++v) largest[0] = Isa::max_i(largest[0], largest[v]);
-  return Isa::reduce_max(largest[0]);
+  };
+  int64_t k = 0;
+  for (; k + 2 * Isa::kLanes <= K; k += 2 * Isa::kLanes) {
+    part(0, k, Flag<true>{});
+    part(1, k + Isa::kLanes, Flag<true>{});
+  }
+  for (; k + Isa::kLanes <= K; k += Isa::kLanes) part(0, k, Flag<true>{});
+  if (k < K) part(0, k, Flag<false>{});
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) rows.absmax[i] = Isa::reduce_max(Isa::max_i(largest[i][0], largest[i][1]));
 }
 
 // f32 values of kDtype where they are wanted.
@@ -160,42 +187,72 @@ template <Dtype kDtype>
 }
 
 template <Dtype kDtype, bool kResidual, bool kRms>
-void norm_rows(const NormArgs& a) {
-  constexpr bool kNarrow = kDtype != Dtype::f32;
-  constexpr Dtype kFrom = kResidual ? Dtype::f32 : kDtype;
-  const int64_t K = a.K, ld = round_up(K, 64);
-  auto at = [&](void* rows, int64_t m) { return element(rows, kDtype, m * K); };
-  auto x = [&](int64_t m) { return element(a.x.x, kDtype, m * a.x.ld); };
-  // Two rows of s, as those of the next row are taken before this one is done. f32 rows that are wanted are written in place.
-  auto s = [&](int64_t m) { return !kNarrow && a.sum ? reinterpret_cast<float*>(at(a.sum, m)) : a.scratch + (1 + m % 2) * ld; };
-  auto moments_of = [&](int64_t m) {
-    if (!kResidual) {
-      if (a.sum) __builtin_memcpy(at(a.sum, m), x(m), static_cast<size_t>(K * dtype_bytes(kDtype)));
-      return moments<kDtype, kResidual, kRms>(x(m), nullptr, K, a.eps, nullptr);
-    }
-    const Moments found = moments<kDtype, kResidual, kRms>(x(m), element(a.residual.x, kDtype, m * a.residual.ld), K, a.eps, s(m));
-    if (kNarrow && a.sum) narrow_row<kDtype>(s(m), K, at(a.sum, m));
-    return found;
-  };
+struct NormRows {
+  static constexpr bool kNarrow = kDtype != Dtype::f32;
+  static constexpr Dtype kFrom = kResidual ? Dtype::f32 : kDtype;
+  const NormArgs& a;
+  const int64_t ld = round_up(a.K, 64);
 
-  // Reductions and roots take as long as a third of a pass: each is followed by work that does not wait for it.
-  Moments next = moments_of(0);
-  for (int64_t m = 0; m < a.M; ++m) {
-    float* y = !kNarrow && a.y ? reinterpret_cast<float*>(at(a.y, m)) : a.scratch;
-    const void* from = kResidual ? static_cast<const void*>(s(m)) : x(m);
-    const int32_t absmax = normalize<kDtype, kFrom, kRms>(from, a, next, y);
-    if (m + 1 < a.M) next = moments_of(m + 1);
-    if (kNarrow && a.y) narrow_row<kDtype>(y, K, at(a.y, m));
-    quantize_by<Dtype::f32, false>(y, K, absmax, a.q + m * K, a.scale + m, a.row_sum + m);
+  char* at(void* rows, int64_t m) const { return element(rows, kDtype, m * a.K); }
+  const char* x(int64_t m) const { return element(a.x.x, kDtype, m * a.x.ld); }
+  // f32 rows that are wanted are written in place. Scratch holds two rows of y and four of s, as those of the next group are taken
+  // before this one is done.
+  float* y(int64_t m) const { return !kNarrow && a.y ? reinterpret_cast<float*>(at(a.y, m)) : a.scratch + m % 2 * ld; }
+  float* s(int64_t m) const { return !kNarrow && a.sum ? reinterpret_cast<float*>(at(a.sum, m)) : a.scratch + (2 + m % 4) * ld; }
+
+  Moments moments_of(int64_t m) const {
+    if constexpr (kResidual) {
+      const char* residual = element(a.residual.x, kDtype, m * a.residual.ld);
+      const Moments found = moments<kDtype, true, kRms>(x(m), residual, a.K, a.eps, s(m));
+      if (kNarrow && a.sum) narrow_row<kDtype>(s(m), a.K, at(a.sum, m));
+      return found;
+    } else {
+      if (a.sum) __builtin_memcpy(at(a.sum, m), x(m), static_cast<size_t>(a.K * dtype_bytes(kDtype)));
+      return moments<kDtype, false, kRms>(x(m), nullptr, a.K, a.eps, nullptr);
+    }
   }
-}
+
+  template <int kRows>
+  void quantize_group(int64_t m, const Group<kRows>& g) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = m + i;
+      if (kNarrow && a.y) narrow_row<kDtype>(g.y[i], a.K, at(a.y, row));
+      quantize_by<Dtype::f32, false>(g.y[i], a.K, g.absmax[i], a.q + row * a.K, a.scale + row, a.row_sum + row);
+    }
+  }
+
+  // Rows [m, m + kRows) with their moments known; next: those of the two rows that follow are found meanwhile, as reductions and
+  // roots take as long as a third of a pass: each is followed by work that does not wait for it.
+  template <int kRows>
+  void group(int64_t m, Moments (&next)[2]) const {
+    Group<kRows> g;
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      g.s[i] = kResidual ? static_cast<const void*>(s(m + i)) : x(m + i);
+      g.y[i] = y(m + i);
+      g.moments[i] = next[i];
+    }
+    normalize<kDtype, kFrom, kRms, kRows>(a, g);
+    for (int i = 0; i < 2 && m + kRows + i < a.M; ++i) next[i] = moments_of(m + kRows + i);
+    quantize_group(m, g);
+  }
+
+  void run() const {
+    Moments next[2] = {moments_of(0), {}};
+    if (a.M > 1) next[1] = moments_of(1);
+    int64_t m = 0;
+    for (; m + 2 <= a.M; m += 2) group<2>(m, next);
+    if (m < a.M) group<1>(m, next);
+  }
+};
 
 template <Dtype kDtype>
-void norm_dtype(const NormArgs& a) {
+void norm_rows(const NormArgs& a) {
   if (a.rms) {
-    (a.residual.x ? norm_rows<kDtype, true, true> : norm_rows<kDtype, false, true>)(a);
+    a.residual.x ? NormRows<kDtype, true, true>{a}.run() : NormRows<kDtype, false, true>{a}.run();
   } else {
-    (a.residual.x ? norm_rows<kDtype, true, false> : norm_rows<kDtype, false, false>)(a);
+    a.residual.x ? NormRows<kDtype, true, false>{a}.run() : NormRows<kDtype, false, false>{a}.run();
   }
 }
 
@@ -203,11 +260,11 @@ void norm_quantize_x(const NormArgs& a) {
   if (a.M <= 0) return;
   switch (a.x.dtype) {
     case Dtype::f32:
-      return norm_dtype<Dtype::f32>(a);
+      return norm_rows<Dtype::f32>(a);
     case Dtype::bf16:
-      return norm_dtype<Dtype::bf16>(a);
+      return norm_rows<Dtype::bf16>(a);
     case Dtype::f16:
-      return norm_dtype<Dtype::f16>(a);
+      return norm_rows<Dtype::f16>(a);
     case Dtype::s32:
       return;
   }

@@ -18,11 +18,14 @@ struct LinearWeights {
   const uint8_t* group_scale = nullptr;  // 4 bits only; null: one scale for a channel
   int64_t group_size = 0;
   const float* threshold = nullptr;  // [K] of linear_xnor
+  bool glu = false;  // n tiles of gate and up in turn: y[M][N/2] = activation(gate) * up. N is a multiple of 32; no groups
 };
 
 struct Output {
   void* y;  // [M][N] contiguous
   Dtype dtype;
+  const void* residual = nullptr;  // [M][N] of the same dtype, added before rounding; null: nothing
+  int64_t residual_stride = 0;     // of its rows, elements
 };
 
 // Rows of any strides: element (m, k) is at x + (m * stride_m + k * stride_k) elements.

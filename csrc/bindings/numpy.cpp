@@ -11,6 +11,7 @@
 #include "../core/huge_pages.h"
 #include "../core/linear.h"
 #include "check.h"
+#include "sparse_check.h"
 
 namespace py = pybind11;
 
@@ -173,6 +174,46 @@ py::array linear_weight_only(const py::array& x, const py::array& weight_packed,
                       nothing_more);
 }
 
+py::array linear_sparse(const py::array& x, const py::array& weight_packed, const py::array& weight_index,
+                        const py::array& weight_offset, const py::array& weight_sum, const py::array& weight_scale,
+                        const py::object& bias, const std::string& epilogue) {
+  constexpr const char* kName = "linear_sparse";
+  const auto& table = tersor::table_or_throw();
+  const XRows r = rows_of(kName, x);
+  tersor::LinearWeights w{};
+  if (weight_scale.ndim() != 1) fail(kName, "weight_scale has ", weight_scale.ndim(), " dimensions, expected [N]");
+  w.N = weight_scale.shape(0);
+  w.K = r.K;
+  w.weight_scale = exact<float>(kName, "weight_scale", weight_scale, {w.N});
+  if (!bias.is_none()) w.bias = exact<float>(kName, "bias", py::cast<py::array>(bias), {w.N});
+  w.bias_dtype = Dtype::f32;
+  w.activation = tersor::activation_from(kName, epilogue);
+  const auto sizes = [](const py::array& a) { return std::vector<int64_t>(a.shape(), a.shape() + a.ndim()); };
+  for (const py::array* a : {&weight_packed, &weight_index}) {
+    if (!py::isinstance<py::array_t<uint8_t>>(*a) || !(a->flags() & py::array::c_style)) {
+      fail(kName, "weight_packed and weight_index must be C-contiguous uint8");
+    }
+  }
+  const std::vector<int64_t> packed = sizes(weight_packed), index = sizes(weight_index);
+  tersor::SparseWeights s = tersor::sparse_sizes(kName, {packed.data(), weight_packed.ndim()}, {index.data(), weight_index.ndim()},
+                                                 w.N, w.K);
+  const int64_t tiles = tersor::ceil_div(w.N, tersor::kTileN);
+  s.packed = static_cast<const uint8_t*>(weight_packed.data());
+  s.index = static_cast<const uint8_t*>(weight_index.data());
+  s.offset = exact<int64_t>(kName, "weight_offset", weight_offset, {tiles + 1});
+  s.sum = exact<int32_t>(kName, "weight_sum", weight_sum, {tiles, tersor::kTileN});
+  w.sparse = &s;
+  py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
+  const tersor::Output out{y.mutable_data(), r.rows.dtype};
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::linear_dynamic(table, r.M, r.rows, w, out);
+  }
+  tersor::check_memory(kName, error);
+  return y;
+}
+
 tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array& row_sum, int64_t* M, int64_t* K) {
   if (!py::isinstance<py::array_t<int8_t>>(q) || q.ndim() != 2) fail(function, "q must be int8 [M, K]");
   if (q.shape(1) > 1 && q.strides(1) != 1) fail(function, "q must have contiguous rows");
@@ -294,6 +335,7 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("linear_grouped", &linear_grouped);
   m.def("linear_xnor", &linear_xnor);
   m.def("linear_weight_only", &linear_weight_only);
+  m.def("linear_sparse", &linear_sparse);
   m.def("linear_acc", &linear_acc);
   m.def("linear_s8", &linear_s8);
 }

@@ -36,6 +36,25 @@ inline constexpr int code_shift(int bits) { return bits == 1 ? 1 : 0; }
 inline constexpr int64_t kGroupScaleBytes = 2 * kTileN;
 inline constexpr int64_t kGroupUnit = 32;  // a group is a multiple of it
 
+// Sparse weights are s8 (absent = 0). An entry is what an n tile keeps a number of, [offset[t], offset[t + 1]):
+//   tiles    [ entries ][ 64 ] kept tiles; index: u16 k step of each. Blocks of 16 x 4.
+//   masks    [ entries + 64 ] non-zero bytes of all tiles, tile by tile; index: [ Nt ][ Kt ] u64, bit i: byte i of the tile is there
+//   windows  [ entries ][ 64 positions | 64 values ], channel n in bytes 4n .. 4n + 3 of each half, as in a tile; index: u16 begin of
+//            the window of 128 k that the positions (0..127) count in, in steps of 32 k. A value of 0 is padding.
+// Wherever a kernel reads, it holds what it read of index and offset within the arrays.
+enum class SparseStorage : int32_t { tiles, masks, windows };
+inline constexpr int64_t kMaskSlack = 64;  // bytes past the last value: a register of values is read at a time
+inline constexpr int64_t kWindowK = 128;
+inline constexpr int64_t kWindowStep = 32;
+struct SparseWeights {
+  SparseStorage storage;
+  const uint8_t* packed;
+  int64_t entries;
+  const uint8_t* index;
+  const int64_t* offset;  // [Nt + 1]
+  const int32_t* sum;     // [Nt][16] sum of w over K, for instruction sets that multiply x + 128
+};
+
 enum class Dtype : int32_t { f32, bf16, f16, s32 };
 inline constexpr int64_t dtype_bytes(Dtype t) { return t == Dtype::f32 || t == Dtype::s32 ? 4 : 2; }
 
@@ -100,6 +119,7 @@ struct GemmArgs {
   bool stream_y = false;  // f32 stores go past the caches; y and its rows are aligned to 64 bytes
   const uint8_t* group_scale = nullptr;
   int64_t group_size = 0;  // a multiple of kGroupUnit that divides K
+  const SparseWeights* sparse = nullptr;  // of spmm_s8, in place of weight_packed
 };
 
 // y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class
@@ -126,8 +146,10 @@ struct GemmRange {
 struct IntGemm {
   void (*run)(const GemmArgs&, const GemmRange&);
   int64_t x_scratch_bytes;  // of scratch for each element of a row, K rounded up to 4; 0: none is needed (always below 8 bits)
-  // Scratch of one row. Rows are a line further apart than they are long: at a multiple of 4096 they would collide in L1.
-  int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + 64 : 0; }
+  int64_t row_pad = 64;     // bytes past a row. Rows a multiple of 4096 apart would collide in L1.
+  int64_t panel_bytes = 0;  // of scratch for each element of K, once
+  int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + row_pad : 0; }
+  int64_t panel_scratch(int64_t K) const { return panel_bytes * round_up(K, kTileK8); }
 };
 
 struct FloatGemm {
@@ -166,6 +188,7 @@ struct Limits {
   X(IntGemm, gemm_w1)            \
   X(IntGemm, gemm_w4_grouped)    \
   X(IntGemm, gemm_xnor)          \
+  X(IntGemm, spmm_s8)            \
   X(FloatGemm, gemm_f32_w8)      \
   X(Limits, limits)
 

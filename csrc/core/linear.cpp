@@ -178,11 +178,13 @@ GemmArgs gemm_args(const LinearWeights& w, const int8_t* q, int64_t ldq, const f
           w.N,
           stream,
           w.group_scale,
-          w.group_size};
+          w.group_size,
+          w.sparse};
 }
 
 // The kernel of a layer's width.
 const IntGemm& gemm_of(const KernelTable& kt, const LinearWeights& w) {
+  if (w.sparse) return kt.spmm_s8;
   if (w.group_scale) return kt.gemm_w4_grouped;
   return w.bits == 8 ? kt.gemm_w8 : w.bits == 4 ? kt.gemm_w4 : w.bits == 2 ? kt.gemm_w2 : kt.gemm_w1;
 }
@@ -191,6 +193,13 @@ const IntGemm& gemm_of(const KernelTable& kt, const LinearWeights& w) {
 void zero_past_k(int8_t* q, int64_t rows, int64_t ldq, const LinearWeights& w) {
   const int64_t past = round_up(w.K, tile_k(w.bits)) - w.K;
   for (int64_t m = 0; m < rows && past; ++m) std::memset(q + m * ldq + w.K, 0, static_cast<size_t>(past));
+}
+
+// K of a dense layer with as many multiply-adds.
+int64_t working_k(const LinearWeights& w) {
+  if (!w.sparse || w.sparse->storage == SparseStorage::masks) return w.K;
+  const int64_t per_entry = w.sparse->storage == SparseStorage::tiles ? kTileK8 : 2 * kTileK8;  // a window's x is looked up first
+  return ceil_div(w.sparse->entries * per_entry, ceil_div(w.N, kTileN));
 }
 
 int64_t groups_of(const LinearWeights& w) { return w.group_scale ? w.K / w.group_size : 0; }
@@ -238,12 +247,12 @@ const char* binarize_rows(const KernelTable& kt, int64_t M, int64_t K, const Str
 const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
   const IntGemm& gemm = gemm_of(kt, w);
-  const Split split = split_work(M, w.N, w.K);
+  const Split split = split_work(M, w.N, working_k(w));
   const bool stream = streams(kt, out, M, w.N);
   const int64_t ldq = s8_stride(w.K), groups = groups_of(w);
   const int64_t row_bytes = ldq + gemm.row_scratch(w.K) + 8 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K) + gemm.panel_scratch(w.K);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));

@@ -18,6 +18,7 @@ struct LinearWeights {
   const uint8_t* group_scale = nullptr;  // 4 bits only; null: one scale for a channel
   int64_t group_size = 0;
   const float* threshold = nullptr;  // [K] of linear_xnor
+  const SparseWeights* sparse = nullptr;  // in place of weight_packed
 };
 
 struct Output {

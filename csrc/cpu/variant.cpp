@@ -8,6 +8,7 @@
 #include "quantize_x.inl"
 #include "binarize_x.inl"
 #include "gemm_int.inl"
+#include "gemm_sparse.inl"
 #include "gemm_float.inl"
 #include "limits.inl"
 // clang-format on
@@ -27,7 +28,8 @@ const KernelTable table = {
     {maybe(binarize_x)}, {maybe(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
     {maybe(gemm_w4), 0}, {maybe(gemm_w2), 0},
     {maybe(gemm_w1), 0}, {maybe(gemm_w4_grouped), 0},
-    {gemm_xnor, 0},      {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
+    {gemm_xnor, 0},      {spmm_s8, Isa::SignedDot::kXBytesPerK, kSparseRowPad, kTileN},
+    {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
     {run_limit},
 };
 

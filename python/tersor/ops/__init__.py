@@ -9,6 +9,7 @@ from .differentiable import (
     input_grad_differentiable,
     linear_dynamic_differentiable,
     linear_grouped_differentiable,
+    linear_sparse_differentiable,
     linear_static_differentiable,
     linear_weight_only_differentiable,
     linear_xnor_differentiable,
@@ -17,8 +18,10 @@ from .epilogues import EPILOGUES
 from .int_matmul import int_matmul
 from .linear_grouped import group_scale_bytes, group_scales, linear_grouped
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
+from .linear_sparse import linear_sparse
 from .linear_weight_only import linear_weight_only
 from .quantize_rows import quantize_rows, quantize_static
+from .sparse_storage import pack_sparse, sparse_rows
 from .tiles import CODES, from_rows, pack, packed_shape, to_rows, unpack
 from .xnor import binarize_rows, linear_xnor
 
@@ -43,6 +46,8 @@ __all__ = [
     "linear_grouped",
     "linear_grouped_differentiable",
     "linear_s8",
+    "linear_sparse",
+    "linear_sparse_differentiable",
     "linear_static",
     "linear_static_differentiable",
     "linear_weight_only",
@@ -50,9 +55,11 @@ __all__ = [
     "linear_xnor",
     "linear_xnor_differentiable",
     "pack",
+    "pack_sparse",
     "packed_shape",
     "quantize_rows",
     "quantize_static",
+    "sparse_rows",
     "to_rows",
     "unpack",
 ]

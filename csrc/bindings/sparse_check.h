@@ -22,7 +22,7 @@ inline SparseWeights sparse_sizes(const char* function, const Sizes& packed, con
   if (packed.is({first, kTileBytes}) && index.is({first, 2})) {
     s.storage = SparseStorage::tiles;
     s.entries = first;
-  } else if (packed.is({first, 2 * kTileBytes}) && index.is({first, 2})) {
+  } else if (packed.is({first, 2 * kTileBytes}) && index.is({0})) {
     s.storage = SparseStorage::windows;
     s.entries = first;
   } else if (packed.is({first}) && first >= kMaskSlack && index.is({ceil_div(N, kTileN), ceil_div(K, kTileK8), 8})) {

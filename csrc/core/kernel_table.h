@@ -39,8 +39,9 @@ inline constexpr int64_t kGroupUnit = 32;  // a group is a multiple of it
 // Sparse weights are s8 (absent = 0). An entry is what an n tile keeps a number of, [offset[t], offset[t + 1]):
 //   tiles    [ entries ][ 64 ] kept tiles; index: u16 k step of each. Blocks of 16 x 4.
 //   masks    [ entries + 64 ] non-zero bytes of all tiles, tile by tile; index: [ Nt ][ Kt ] u64, bit i: byte i of the tile is there
-//   windows  [ entries ][ 64 positions | 64 values ], channel n in bytes 4n .. 4n + 3 of each half, as in a tile; index: u16 begin of
-//            the window of 128 k that the positions (0..127) count in, in steps of 32 k. A value of 0 is padding.
+//   windows  [ entries ][ 64 positions | 64 values ], channel n in bytes 4n .. 4n + 3 of each half, as in a tile; no index. Positions
+//            are the low 7 bits, they count in a window of 128 k. Bit 7 of positions 0..15 are bits 0..15 of where it begins, in
+//            steps of 32 k. A value of 0 is padding.
 // Wherever a kernel reads, it holds what it read of index and offset within the arrays.
 enum class SparseStorage : int32_t { tiles, masks, windows };
 inline constexpr int64_t kMaskSlack = 64;  // bytes past the last value: a register of values is read at a time

@@ -23,7 +23,7 @@ struct SparseArgs {
   int64_t ldx;          // bytes
   int64_t m, t;         // first row within the arrays, n tile
   const uint8_t* w;     // first entry of the n tile
-  const uint8_t* index; // of the same; null: entry i is k step i
+  const uint8_t* index;  // k steps of tiles; null: entry i is k step i
   int64_t entries;
   int64_t last;         // largest index
 };
@@ -32,6 +32,11 @@ inline int64_t held_index(const uint8_t* index, int64_t i, int64_t last) {
   uint16_t at;
   __builtin_memcpy(&at, index + 2 * i, 2);
   return at < last ? at : last;
+}
+
+inline int64_t window_begin(const uint8_t* positions, int64_t last) {
+  const int64_t at = Isa::high_bits16(positions);
+  return (at < last ? at : last) * kWindowStep;
 }
 
 inline int64_t held_offset(const SparseWeights& s, int64_t t) {
@@ -104,8 +109,8 @@ void windows_kernel(const SparseArgs& a) {
   Vi sums[kSets][kRows][kTileVecs];
   clear(sums);
   each_entry<kSets>(a.entries, [&](int set, int64_t i) __attribute__((always_inline)) {
-    const char* x = a.x + held_index(a.index, i, a.last) * kWindowStep;
     const uint8_t* w = a.w + i * 2 * kTileBytes;
+    const char* x = a.x + window_begin(w, a.last);
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVecs; ++v) {
       const Vi at = Isa::load_i(w + v * Isa::kLanes * 4), values = Isa::load_i(w + kTileBytes + v * Isa::kLanes * 4);
@@ -178,7 +183,7 @@ void spmm_s8(const GemmArgs& g, const GemmRange& r) {
     } else {
       const int64_t first = held_offset(s, t), end = held_offset(s, t + 1);
       a.w = s.packed + first * entry_bytes;
-      a.index = s.index + first * 2;
+      a.index = windows ? nullptr : s.index + first * 2;
       a.entries = end > first && a.last >= 0 ? end - first : 0;
     }
     int64_t m = 0;

@@ -191,6 +191,9 @@ struct Isa {
       return dot4(acc, b, X{a.even, a.odd});
     }
   };
+  static uint32_t high_bits16(const uint8_t* p) {
+    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static Vi lookup(const char* window, Vi index) {
     const __m256i part = _mm256_and_si256(index, _mm256_set1_epi8(0x70)), at = _mm256_and_si256(index, _mm256_set1_epi8(15));
     __m256i found = _mm256_setzero_si256();

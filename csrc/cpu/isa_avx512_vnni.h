@@ -115,6 +115,9 @@ struct Avx512Vnni {
     static Vi dot4(Vi acc, W w, X x) { return _mm512_dpbusd_epi32(acc, x, w); }
     static Vi dot_bytes(Vi acc, Vi x, Vi w) { return _mm512_dpbusd_epi32(acc, x, w); }
   };
+  static uint32_t high_bits16(const uint8_t* p) {
+    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static Vi lookup(const char* window, Vi index) {
     const __m512i part = _mm512_and_si512(index, _mm512_set1_epi8(0x70)), at = _mm512_and_si512(index, _mm512_set1_epi8(15));
     __m512i found = _mm512_setzero_si512();

@@ -232,6 +232,12 @@ struct Isa {
       });
     }
   };
+  // Bit i is bit 7 of byte i.
+  static uint32_t high_bits16(const uint8_t* p) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(p[i] >> 7) << i;
+    return bits;
+  }
   // Byte i of the result is window[index_i & 127].
   static Vi lookup(const char* window, Vi index) {
     return each_i([&](int i) {

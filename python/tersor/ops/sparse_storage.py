@@ -10,7 +10,8 @@ By the shapes of the other two, Nt = ceil(N/16), Kt = ceil(K/4):
     masks    weight_packed uint8 [Z + 64]       the Z non-zero bytes, tile by tile, then 64 zeros
              weight_index  uint8 [Nt, Kt, 8]    a mask for each tile, little-endian: bit i is set where byte i is not 0
     windows  weight_packed uint8 [S, 128]       64 positions, then 64 values; channel n has bytes 4n .. 4n + 3 of both
-             weight_index  uint8 [S, 2]         begin of the window of 128 k that the positions count in, in steps of 32 k
+             weight_index  uint8 [0]            Positions are the low 7 bits and count in a window of 128 k; bit 7 of positions
+                                                0..15 are bits 0..15 of where it begins, in steps of 32 k
 
 A window's entry is one lookup of 64 bytes of x in 128 and one dot product. Each channel has its non-zeros in ascending order, four
 at most in an entry; a window begins at the first k that any of the 16 channels still lacks, so that a channel with fewer zeros than
@@ -49,7 +50,7 @@ def storage_of(weight_packed: Tensor, weight_index: Tensor) -> str:
     return {
         (2, (TILE_BYTES,), 2, (2,)): "tiles",
         (1, weight_packed.shape[-1:], 3, (8,)): "masks",
-        (2, (2 * TILE_BYTES,), 2, (2,)): "windows",
+        (2, (2 * TILE_BYTES,), 1, (0,)): "windows",
     }.get(shapes, "")
 
 
@@ -80,9 +81,9 @@ def _choose(weight: Tensor, tiles: int, dense: int) -> tuple[str, tuple[Tensor, 
     nonzero = int(torch.count_nonzero(weight))
     tiles_bytes, masks_bytes = tiles * (TILE_BYTES + 2), nonzero + dense // 8 + MASK_SLACK
     limit = min(tiles_bytes, _FAST_SHARE * dense)
-    if nonzero * 130 // 64 < limit:  # without padding
+    if 2 * nonzero < limit:  # without padding
         windows = _windows(weight)
-        if windows[0].shape[0] * 130 < limit:
+        if windows[0].numel() < limit:
             return "windows", windows
     return ("tiles" if tiles_bytes <= max(masks_bytes, _FAST_SHARE * dense) else "masks"), None
 
@@ -104,8 +105,9 @@ def _windows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values[channel, nth] = weight[channel, at]
     done = torch.zeros(nt * TILE_N, dtype=torch.int64, device=device)
     four = torch.arange(_PER_ENTRY, device=device)
+    sixteen = torch.arange(16, device=device)
+    no_index = torch.zeros(0, dtype=torch.uint8, device=device)
     entries: list[Tensor] = []
-    begins: list[Tensor] = []
     active: list[Tensor] = []
     while True:
         next_four = positions.gather(1, done.unsqueeze(1) + four)
@@ -117,16 +119,17 @@ def _windows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inside = (relative < WINDOW_K) & (next_four < end)
         four_values = torch.where(inside, values.gather(1, done.unsqueeze(1) + four), 0)
         entry = torch.stack([torch.where(inside, relative, 0).to(torch.uint8), four_values.view(torch.uint8)])
-        entries.append(entry.reshape(2, nt, TILE_BYTES).permute(1, 0, 2)[works])
-        begins.append(begin[works])
+        entry = entry.reshape(2, nt, TILE_BYTES).permute(1, 0, 2)
+        entry[:, 0, :16] += ((begin // WINDOW_STEP).unsqueeze(1) >> sixteen & 1).to(torch.uint8) << 7
+        entries.append(entry[works])
         active.append(works)
         done += inside.sum(1)
     if not entries:
-        return _empty(2 * TILE_BYTES, device), _empty(2, device), _offsets(torch.zeros(nt, dtype=torch.int64, device=device))
+        return torch.zeros((0, 2 * TILE_BYTES), dtype=torch.uint8, device=device), no_index, _offsets(torch.zeros(nt, dtype=torch.int64, device=device))
     works = torch.stack(active)  # [turn, n tile]
     tile = torch.arange(nt, device=device).expand(works.shape)[works]
     order = tile.sort(stable=True).indices
-    return torch.cat(entries).reshape(-1, 2 * TILE_BYTES)[order], _u16_bytes(torch.cat(begins)[order] // WINDOW_STEP), _offsets(works.sum(0))
+    return torch.cat(entries).reshape(-1, 2 * TILE_BYTES)[order], no_index, _offsets(works.sum(0))
 
 
 def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tensor, n: int, k: int) -> Tensor:
@@ -141,13 +144,12 @@ def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tens
         tiles[present] = weight_packed[: weight_packed.shape[0] - MASK_SLACK]
         return unpack(tiles, n, k).view(torch.int8)
     t = torch.arange(nt, device=device).repeat_interleave(weight_offset.diff())
-    index = _u16(weight_index)
     if storage == "tiles":
         tiles = torch.zeros((nt, kt, TILE_BYTES), dtype=torch.uint8, device=device)
-        tiles[t, index] = weight_packed
+        tiles[t, _u16(weight_index)] = weight_packed
         return unpack(tiles, n, k).view(torch.int8)
     channel = torch.arange(TILE_BYTES, device=device) // _PER_ENTRY
-    at = (index * WINDOW_STEP).unsqueeze(1) + (weight_packed[:, :TILE_BYTES] & (WINDOW_K - 1))
+    at = _window_begins(weight_packed).unsqueeze(1) + (weight_packed[:, :TILE_BYTES] & (WINDOW_K - 1))
     rows = torch.zeros((nt * TILE_N, k + WINDOW_K), dtype=torch.int8, device=device)
     values = weight_packed[:, TILE_BYTES:].view(torch.int8)
     rows.index_put_(((t * TILE_N).unsqueeze(1) + channel, at), values, accumulate=True)
@@ -169,12 +171,12 @@ def check_shapes(function: str, packed: Tensor, index: Tensor, offset: Tensor, s
     fits = storage != "" and (
         tuple(index.shape) == (nt, kt, 8) and packed.shape[0] >= MASK_SLACK
         if storage == "masks"
-        else index.shape[0] == packed.shape[0]
+        else storage == "windows" or index.shape[0] == packed.shape[0]
     )
     if not fits:
         raise ValueError(
             f"{function}: weight_packed is {list(packed.shape)} and weight_index {list(index.shape)}, expected [T, 64] and [T, 2], "
-            f"[S, 128] and [S, 2], or [64 or more] and [{nt}, {kt}, 8] for N={n}, K={k}"
+            f"[S, 128] and [0], or [64 or more] and [{nt}, {kt}, 8] for N={n}, K={k}"
         )
     if tuple(offset.shape) != (nt + 1,) or tuple(sums.shape) != (nt, TILE_N):
         raise ValueError(
@@ -199,18 +201,21 @@ def check_structure(function: str, parts: Parts, n: int, k: int) -> None:
         if not torch.equal(bits, offset.diff()):
             raise ValueError(f"{function}: weight_index has other numbers of bits than weight_offset has entries")
         return
-    most = ceil_div(k, 4) - 1 if storage == "tiles" else (k - 1) // WINDOW_STEP
-    at = _u16(index)
+    if storage == "tiles":
+        at, most, what = _u16(index), ceil_div(k, 4) - 1, "weight_index holds k step"
+    else:
+        at, most, what = _window_begins(packed), k - 1, "weight_packed holds a window that begins at"
     if at.numel() and int(at.max()) > most:
-        raise ValueError(f"{function}: weight_index holds {int(at.max())}, expected up to {most} for K={k}")
+        raise ValueError(f"{function}: {what} {int(at.max())}, expected up to {most} for K={k}")
 
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
 
 
-def _empty(width: int, device: torch.device) -> Tensor:
-    return torch.zeros((0, width), dtype=torch.uint8, device=device)
+def _window_begins(weight_packed: Tensor) -> Tensor:
+    place = torch.arange(16, device=weight_packed.device)
+    return ((weight_packed[:, :16] >> 7).to(torch.int64) << place).sum(1) * WINDOW_STEP
 
 
 def _u16_bytes(values: Tensor) -> Tensor:

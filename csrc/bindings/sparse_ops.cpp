@@ -47,6 +47,39 @@ Tensor linear_sparse(Tensor x, Tensor weight_packed, Tensor weight_index, Tensor
   return y;
 }
 
+Tensor linear_sparse_float(Tensor x, Tensor weight_packed, Tensor weight_index, Tensor weight_offset, OptionalTensor bias,
+                           std::string epilogue) {
+  constexpr const char* kName = "linear_sparse_float";
+  const auto& table = tersor::table_or_throw();
+  XRows r = rows_of(kName, x);
+  if (r.K > tersor::kMaxFloatK) fail(kName, "K=", r.K, " is above ", tersor::kMaxFloatK, ", what two bytes of index reach");
+  check_plain(kName, "weight_offset", weight_offset);
+  if (weight_offset.dim() != 1 || weight_offset.size(0) < 1) fail(kName, "weight_offset is not [N + 1]");
+  Keep keep;
+  tersor::LinearWeights w{};
+  w.N = weight_offset.size(0) - 1;
+  w.K = r.K;
+  if (bias) {
+    w.bias_dtype = float_dtype(kName, "bias", bias->scalar_type());
+    w.bias = exact(kName, "bias", *bias, bias->scalar_type(), {w.N}, &keep);
+  }
+  w.activation = tersor::activation_from(kName, epilogue);
+  tersor::SparseFloatWeights s{};
+  check_plain(kName, "weight_packed", weight_packed);
+  s.entries = weight_packed.dim() == 2 ? weight_packed.size(0) : 0;
+  s.values = static_cast<const uint8_t*>(exact(kName, "weight_packed", weight_packed, ScalarType::Byte, {s.entries, 4}, &keep));
+  s.index = static_cast<const uint8_t*>(exact(kName, "weight_index", weight_index, ScalarType::Byte, {s.entries, 2}, &keep));
+  s.offset = static_cast<const int64_t*>(exact(kName, "weight_offset", weight_offset, ScalarType::Long, {w.N + 1}, &keep));
+  w.sparse_float = &s;
+  r.out_sizes.back() = w.N;
+  Tensor y = empty(r.out_sizes, x.scalar_type());
+  tersor::check_memory(kName, tersor::linear_weight_only(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
+  return y;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) { m.impl("linear_sparse", TORCH_BOX(&linear_sparse)); }
+STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) {
+  m.impl("linear_sparse", TORCH_BOX(&linear_sparse));
+  m.impl("linear_sparse_float", TORCH_BOX(&linear_sparse_float));
+}

@@ -56,6 +56,15 @@ struct SparseWeights {
   const int32_t* sum;     // [Nt][16] sum of w over K, for instruction sets that multiply x + 128
 };
 
+// Non-zeros of sparse float weights, channel after channel: f32 values and their u16 k, both at any byte.
+struct SparseFloatWeights {
+  const uint8_t* values;  // [entries][4]
+  const uint8_t* index;   // [entries][2], held below K by the kernel
+  const int64_t* offset;  // [N + 1], held within [0, entries]
+  int64_t entries;
+};
+inline constexpr int64_t kMaxFloatK = 65536;
+
 enum class Dtype : int32_t { f32, bf16, f16, s32 };
 inline constexpr int64_t dtype_bytes(Dtype t) { return t == Dtype::f32 || t == Dtype::s32 ? 4 : 2; }
 
@@ -136,6 +145,7 @@ struct FloatGemmArgs {
   void* y;
   Dtype y_dtype;
   int64_t ldy;
+  const SparseFloatWeights* sparse = nullptr;  // of spmm_f32, in place of weight_packed and weight_scale
 };
 
 // The part of C a call computes: rows [m0, m1) x n tiles [t0, t1), with scratch of its own.
@@ -157,6 +167,7 @@ struct FloatGemm {
   void (*run)(const FloatGemmArgs&, const GemmRange&);
   int64_t scratch_bytes;  // fixed part
   int64_t row_bytes;      // and per row of the range
+  int64_t k_bytes = 0;    // and per element of a row
 };
 
 struct QuantizeX {
@@ -191,6 +202,7 @@ struct Limits {
   X(IntGemm, gemm_xnor)          \
   X(IntGemm, spmm_s8)            \
   X(FloatGemm, gemm_f32_w8)      \
+  X(FloatGemm, spmm_f32)         \
   X(Limits, limits)
 
 struct KernelTable {

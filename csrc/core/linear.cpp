@@ -349,12 +349,14 @@ const char* linear_xnor(const KernelTable& kt, int64_t M, const StridedRows& x, 
 
 const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
-  const Split split = split_work(M, w.N, 4 * w.K);  // a float multiply-add costs four int8 ones
+  const FloatGemm& gemm = w.sparse_float ? kt.spmm_f32 : kt.gemm_f32_w8;
+  // A float multiply-add costs four int8 ones.
+  const Split split = split_work(M, w.N, 4 * (w.sparse_float ? ceil_div(w.sparse_float->entries, w.N) : w.K));
   const bool direct = x.dtype == Dtype::f32 && x.stride_k == 1;
   const int64_t ldx = direct ? x.stride_m : round_up(w.K, 16) + 16;
-  const int64_t row_bytes = (direct ? 0 : ldx * 4) + kt.gemm_f32_w8.row_bytes;
+  const int64_t row_bytes = (direct ? 0 : ldx * 4) + gemm.row_bytes + gemm.k_bytes * w.K;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(kt.gemm_f32_w8.scratch_bytes, 64);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(gemm.scratch_bytes, 64);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -379,8 +381,9 @@ const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRo
       }
       const float* rows_f32 = direct ? reinterpret_cast<const float*>(at(x, m)) : floats;
       const FloatGemmArgs args{
-          w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N), out.dtype, w.N};
-      kt.gemm_f32_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+          w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N), out.dtype, w.N,
+          w.sparse_float};
+      gemm.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };
   parallel_for(split.pieces(), piece);

@@ -19,6 +19,7 @@ struct LinearWeights {
   int64_t group_size = 0;
   const float* threshold = nullptr;  // [K] of linear_xnor
   const SparseWeights* sparse = nullptr;  // in place of weight_packed
+  const SparseFloatWeights* sparse_float = nullptr;  // of linear_weight_only, in place of weight_packed and weight_scale
 };
 
 struct Output {

@@ -207,6 +207,12 @@ struct Isa {
   }
   static void expand_tile(uint64_t mask, const uint8_t* values, uint8_t* tile) { expand_by_table(mask, values, tile); }
 
+  static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    for (int64_t c = 0; c < 16; ++c) {
+      for (int64_t r = 0; r < 16; ++r) out[c * ld_out + r] = in[r * ld_in + c];
+    }
+  }
+
   // The bits of each half byte from a table, counted in bytes: 31 times 8 fits one.
   struct Popcount {
     static constexpr int kPartialSteps = 31;

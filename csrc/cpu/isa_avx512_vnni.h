@@ -131,6 +131,33 @@ struct Avx512Vnni {
   }
   static void expand_tile(uint64_t mask, const uint8_t* values, uint8_t* tile) { expand_by_table(mask, values, tile); }
 
+  // Pairs of rows, of pairs, then of quarters: 64 shuffles.
+  static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    __m512d a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      const __m512 x = _mm512_loadu_ps(in + i * ld_in), y = _mm512_loadu_ps(in + (i + 1) * ld_in);
+      a[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x, y));
+      a[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x, y));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {  // b[i + c]: columns c, c + 4, c + 8, c + 12 of rows i .. i + 3
+      b[i] = _mm512_unpacklo_pd(a[i], a[i + 2]);
+      b[i + 1] = _mm512_unpackhi_pd(a[i], a[i + 2]);
+      b[i + 2] = _mm512_unpacklo_pd(a[i + 1], a[i + 3]);
+      b[i + 3] = _mm512_unpackhi_pd(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m512d low = _mm512_shuffle_f64x2(b[c], b[c + 4], 0x88), low2 = _mm512_shuffle_f64x2(b[c + 8], b[c + 12], 0x88);
+      const __m512d high = _mm512_shuffle_f64x2(b[c], b[c + 4], 0xdd), high2 = _mm512_shuffle_f64x2(b[c + 8], b[c + 12], 0xdd);
+      _mm512_storeu_pd(out + c * ld_out, _mm512_shuffle_f64x2(low, low2, 0x88));
+      _mm512_storeu_pd(out + (c + 8) * ld_out, _mm512_shuffle_f64x2(low, low2, 0xdd));
+      _mm512_storeu_pd(out + (c + 4) * ld_out, _mm512_shuffle_f64x2(high, high2, 0x88));
+      _mm512_storeu_pd(out + (c + 12) * ld_out, _mm512_shuffle_f64x2(high, high2, 0xdd));
+    }
+  }
+
   // The bits of each half byte from a table, bytes to words with a product by one.
   struct Popcount {
     static constexpr int kPartialSteps = 0;

@@ -251,6 +251,13 @@ struct Isa {
     for (int i = 0; i < 64; ++i, mask >>= 1) tile[i] = mask & 1 ? *values++ : uint8_t{0};
   }
 
+  // out[c][r] = in[r][c], 16 x 16.
+  static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    for (int64_t c = 0; c < 16; ++c) {
+      for (int64_t r = 0; r < 16; ++r) out[c * ld_out + r] = in[r * ld_in + c];
+    }
+  }
+
   // Adds the set bits of each lane of a. kPartialSteps, widen: as in Dot.
   struct Popcount {
     static constexpr int kPartialSteps = 0;

@@ -18,7 +18,8 @@ class TensorSpec(NamedTuple):
     """One stored tensor. Bulk integer data are frozen parameters (sharded, not resent); small float data are buffers.
 
     channels  output channels that one entry of dim 0 holds (1, or the 16 of a tile); 0: the tensor does not follow N
-    varies    the shape follows from the values of the weight; `shape` is that of a weight of zeros
+    varies    the shape follows from the values of the weight; `shape` is that of a weight of zeros. part() is not for formats with
+              such tensors (by_rows = False)
     """
 
     name: str

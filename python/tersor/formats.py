@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .format_base import Format, Stored, TensorSpec, tag_fields
 from .ops.tiles import CODES, TILE_N, ceil_div, packed_shape
-from .sparse_formats import SparseInt8
+from .sparse_formats import SparseFloat, SparseInt8
 from .weights import grouped, least_squares_steps, mean_abs, mean_abs_of_all, nearest, row_blocks, without_tiny
 
 LAYOUT_VERSION = 1  # of the tiles and of the tag; a newer version of the package reads every older one
@@ -270,7 +270,7 @@ class BinaryXnor(Binary):
 
 FORMATS: dict[str, type[Format]] = {
     cls.tag: cls
-    for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, Int4, Ternary, Binary, BinaryXnor, SparseInt8)
+    for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, Int4, Ternary, Binary, BinaryXnor, SparseInt8, SparseFloat)
 }
 
 # quantize_weights(num_bits, activations) -> format

@@ -210,6 +210,8 @@ class QuantLinear(nn.Module):
         given = {spec.name: state_dict.get(prefix + spec.name) for spec in self.specs()}
         if not any(spec.varies for spec in self.specs()) or not all(isinstance(t, Tensor) for t in given.values()):
             return True
+        if any(not spec.varies and given[spec.name].shape != spec.shape for spec in self.specs()):
+            return True  # torch says which
         if all(has_values(t) for t in given.values()):
             try:
                 self.format.check_stored(given, self.out_features, self.in_features)

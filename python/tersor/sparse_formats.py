@@ -12,6 +12,8 @@ from torch import Tensor
 from . import ops
 from .format_base import Format, Stored, TensorSpec
 from .ops import sparse_storage
+from .ops.linear_sparse_float import MAX_K as MAX_FLOAT_K
+from .ops.linear_sparse_float import FloatParts, check_float_structure, pack_sparse_float, sparse_float_rows
 from .ops.tiles import TILE_N, ceil_div
 from .weights import row_blocks
 
@@ -32,9 +34,9 @@ class SparseInt8(Format):
     def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
         nt = ceil_div(n, TILE_N)
         return (
-            TensorSpec("weight_packed", torch.uint8, (0, sparse_storage.TILE_BYTES), True, 0, varies=True),
-            TensorSpec("weight_index", torch.uint8, (0, 2), True, 0, varies=True),
-            TensorSpec("weight_offset", torch.int64, (nt + 1,), True, 0),
+            TensorSpec("weight_packed", torch.uint8, (0, sparse_storage.TILE_BYTES), True, TILE_N, varies=True),
+            TensorSpec("weight_index", torch.uint8, (0, 2), True, TILE_N, varies=True),
+            TensorSpec("weight_offset", torch.int64, (nt + 1,), True, TILE_N),
             TensorSpec("weight_sum", torch.int32, (nt, TILE_N), True, TILE_N),
             TensorSpec("weight_scale", torch.float32, (n,), False, 1),
         )
@@ -74,3 +76,43 @@ class SparseInt8(Format):
             buffers["weight_scale"],
             bias,
         )
+
+
+@dataclass(frozen=True)
+class SparseFloat(Format):
+    """A pruned float weight as it is: the non-zeros of each channel, float32, and their places. Computes in float32.
+
+    Values are held as their bytes, so that no cast of the model touches them.
+    """
+
+    tag: ClassVar[str] = "sparse-float"
+    op: ClassVar[ops.Op] = ops.linear_sparse_float
+    bits: ClassVar[int] = 32
+    by_rows: ClassVar[bool] = False
+
+    def check_sizes(self, n: int, k: int) -> None:
+        super().check_sizes(n, k)
+        if k > MAX_FLOAT_K:
+            raise ValueError(f"{self!r}: in_features={k} is above {MAX_FLOAT_K}, what its two bytes of index reach")
+
+    def tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("weight_packed", torch.uint8, (0, 4), True, 1, varies=True),
+            TensorSpec("weight_index", torch.uint8, (0, 2), True, 1, varies=True),
+            TensorSpec("weight_offset", torch.int64, (n + 1,), True, 1),
+        )
+
+    def scales(self, weight: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def quantize(self, rows: Tensor, scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return pack_sparse_float(rows)._asdict()
+
+    def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        return sparse_float_rows(stored["weight_packed"], stored["weight_index"], stored["weight_offset"], k)
+
+    def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:
+        check_float_structure(repr(self), FloatParts(*(stored[name] for name in FloatParts._fields)), n, k)
+
+    def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        return self.op(x, parameters["weight_packed"], parameters["weight_index"], parameters["weight_offset"], bias)

@@ -10,6 +10,7 @@ from .differentiable import (
     linear_dynamic_differentiable,
     linear_grouped_differentiable,
     linear_sparse_differentiable,
+    linear_sparse_float_differentiable,
     linear_static_differentiable,
     linear_weight_only_differentiable,
     linear_xnor_differentiable,
@@ -19,6 +20,7 @@ from .int_matmul import int_matmul
 from .linear_grouped import group_scale_bytes, group_scales, linear_grouped
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
 from .linear_sparse import linear_sparse
+from .linear_sparse_float import linear_sparse_float, pack_sparse_float, sparse_float_rows
 from .linear_weight_only import linear_weight_only
 from .quantize_rows import quantize_rows, quantize_static
 from .sparse_storage import pack_sparse, sparse_rows
@@ -48,6 +50,8 @@ __all__ = [
     "linear_s8",
     "linear_sparse",
     "linear_sparse_differentiable",
+    "linear_sparse_float",
+    "linear_sparse_float_differentiable",
     "linear_static",
     "linear_static_differentiable",
     "linear_weight_only",
@@ -56,9 +60,11 @@ __all__ = [
     "linear_xnor_differentiable",
     "pack",
     "pack_sparse",
+    "pack_sparse_float",
     "packed_shape",
     "quantize_rows",
     "quantize_static",
+    "sparse_float_rows",
     "sparse_rows",
     "to_rows",
     "unpack",

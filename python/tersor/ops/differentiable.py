@@ -21,6 +21,7 @@ from .linear_grouped import BITS as GROUPED_BITS
 from .linear_grouped import group_scales, linear_grouped
 from .linear_int8 import linear_dynamic, linear_static
 from .linear_sparse import linear_sparse
+from .linear_sparse_float import linear_sparse_float, sparse_float_rows
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
 from .sparse_storage import sparse_rows
 from .tiles import MAX_K, TILE_N, to_rows
@@ -131,7 +132,7 @@ def _make(raw: Op, doc: str) -> Op:
             pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
             grad = pull_back(grad.float())[0].to(grad.dtype)
         grads: dict[str, Tensor] = {}
-        if ctx.wanted[0] and "weight_sum" in kept:
+        if ctx.wanted[0] and "weight_offset" in kept:
             grads["x"] = _sparse_input_grad(grad, kept, ctx.in_features)
         elif ctx.wanted[0]:
             stored = (kept["weight_packed"], kept["weight_scale"], ctx.in_features, kept.get("group_scale"), ctx.bits)
@@ -150,10 +151,12 @@ _FOR_INPUT_GRAD = ("weight_packed", "weight_scale", "group_scale", "weight_index
 
 def _sparse_input_grad(grad: Tensor, kept: dict[str, Tensor], in_features: int) -> Tensor:
     """grad [..., N] times the stored weights, float32 sums. Plain torch, so that it can be differentiated again."""
-    scale = kept["weight_scale"]
+    stored = (kept["weight_packed"], kept["weight_index"], kept["weight_offset"])
     with torch.autocast(grad.device.type, enabled=False):
-        rows = sparse_rows(kept["weight_packed"], kept["weight_index"], kept["weight_offset"], scale.shape[0], in_features)
-        return ((grad.float() * scale) @ rows.float()).to(grad.dtype)
+        if "weight_scale" not in kept:
+            return (grad.float() @ sparse_float_rows(*stored, in_features)).to(grad.dtype)
+        rows = sparse_rows(*stored, kept["weight_scale"].shape[0], in_features)
+        return ((grad.float() * kept["weight_scale"]) @ rows.float()).to(grad.dtype)
 
 
 def _through_signs(grad: Tensor, x: Tensor, threshold: Tensor) -> Tensor:
@@ -187,6 +190,7 @@ linear_static_differentiable = _make(linear_static, "ops.linear_static with grad
 linear_grouped_differentiable = _make(linear_grouped, "ops.linear_grouped with gradients for x and bias.")
 linear_xnor_differentiable = _make(linear_xnor, "ops.linear_xnor with gradients for x and bias.")
 linear_sparse_differentiable = _make(linear_sparse, "ops.linear_sparse with gradients for x and bias.")
+linear_sparse_float_differentiable = _make(linear_sparse_float, "ops.linear_sparse_float with gradients for x and bias.")
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
 input_grad_differentiable = _make_twin(
     input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False

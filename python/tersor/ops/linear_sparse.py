@@ -37,7 +37,7 @@ def _check(
     if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
         raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
     n = weight_scale.shape[0]
-    check_device(function, x, bias=bias, **stored)
+    check_device(function, x, **stored, bias=bias)
     check_shapes(function, weight_packed, weight_index, weight_offset, weight_sum, n, k)
     if bias is not None:
         check_tensors(function, bias=bias)

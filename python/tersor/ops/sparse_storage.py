@@ -69,7 +69,7 @@ def pack_sparse(weight: Tensor, storage: str | None = None) -> Parts:
         return Parts(*windows, sums)
     if storage == "tiles":
         index = torch.arange(kt, dtype=torch.int32, device=weight.device).expand(nt, kt)[full]
-        return Parts(tiles[full], _u16_bytes(index), _offsets(full.sum(1)), sums)
+        return Parts(tiles[full], u16_bytes(index), _offsets(full.sum(1)), sums)
     present = tiles != 0
     place = torch.arange(8, dtype=torch.uint8, device=weight.device)
     masks = (present.reshape(nt, kt, 8, 8).to(torch.uint8) << place).sum(-1, dtype=torch.uint8)
@@ -141,12 +141,11 @@ def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tens
         place = torch.arange(8, dtype=torch.uint8, device=device)
         present = ((weight_index.unsqueeze(-1) >> place) & 1).bool().reshape(nt, kt, TILE_BYTES)
         tiles = torch.zeros((nt, kt, TILE_BYTES), dtype=torch.uint8, device=device)
-        tiles[present] = weight_packed[: weight_packed.shape[0] - MASK_SLACK]
-        return unpack(tiles, n, k).view(torch.int8)
-    t = torch.arange(nt, device=device).repeat_interleave(weight_offset.diff())
+        return unpack(tiles.masked_scatter(present, weight_packed), n, k).view(torch.int8)
+    t = owners(weight_offset, weight_packed.shape[0])
     if storage == "tiles":
         tiles = torch.zeros((nt, kt, TILE_BYTES), dtype=torch.uint8, device=device)
-        tiles[t, _u16(weight_index)] = weight_packed
+        tiles[t, as_u16(weight_index)] = weight_packed
         return unpack(tiles, n, k).view(torch.int8)
     channel = torch.arange(TILE_BYTES, device=device) // _PER_ENTRY
     at = _window_begins(weight_packed).unsqueeze(1) + (weight_packed[:, :TILE_BYTES] & (WINDOW_K - 1))
@@ -154,6 +153,12 @@ def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tens
     values = weight_packed[:, TILE_BYTES:].view(torch.int8)
     rows.index_put_(((t * TILE_N).unsqueeze(1) + channel, at), values, accumulate=True)
     return rows[:n, :k].contiguous()
+
+
+def owners(offset: Tensor, entries: int) -> Tensor:
+    """int64 [entries]: whose entry each is, by the offsets of all owners."""
+    every = torch.arange(entries, device=offset.device)
+    return torch.searchsorted(offset[1:].contiguous(), every, right=True).clamp(max=max(0, offset.shape[0] - 2))
 
 
 def check_shapes(function: str, packed: Tensor, index: Tensor, offset: Tensor, sums: Tensor, n: int, k: int) -> str:
@@ -202,7 +207,7 @@ def check_structure(function: str, parts: Parts, n: int, k: int) -> None:
             raise ValueError(f"{function}: weight_index has other numbers of bits than weight_offset has entries")
         return
     if storage == "tiles":
-        at, most, what = _u16(index), ceil_div(k, 4) - 1, "weight_index holds k step"
+        at, most, what = as_u16(index), ceil_div(k, 4) - 1, "weight_index holds k step"
     else:
         at, most, what = _window_begins(packed), k - 1, "weight_packed holds a window that begins at"
     if at.numel() and int(at.max()) > most:
@@ -218,10 +223,10 @@ def _window_begins(weight_packed: Tensor) -> Tensor:
     return ((weight_packed[:, :16] >> 7).to(torch.int64) << place).sum(1) * WINDOW_STEP
 
 
-def _u16_bytes(values: Tensor) -> Tensor:
+def u16_bytes(values: Tensor) -> Tensor:
     return torch.stack([values & 255, values >> 8], dim=-1).to(torch.uint8)
 
 
-def _u16(stored: Tensor) -> Tensor:
+def as_u16(stored: Tensor) -> Tensor:
     wide = stored.to(torch.int64)
     return wide[..., 0] + 256 * wide[..., 1]

@@ -64,6 +64,7 @@ struct SparseFloatWeights {
   int64_t entries;
 };
 inline constexpr int64_t kMaxFloatK = 65536;
+inline constexpr int64_t kTransposedBytes = 512 << 10;  // of x, where K allows: half of an L2 of 1 MiB
 
 enum class Dtype : int32_t { f32, bf16, f16, s32 };
 inline constexpr int64_t dtype_bytes(Dtype t) { return t == Dtype::f32 || t == Dtype::s32 ? 4 : 2; }
@@ -167,7 +168,11 @@ struct FloatGemm {
   void (*run)(const FloatGemmArgs&, const GemmRange&);
   int64_t scratch_bytes;  // fixed part
   int64_t row_bytes;      // and per row of the range
-  int64_t k_bytes = 0;    // and per element of a row
+  int64_t k_bytes = 0;    // and for each k of a row, of x transposed: up to so many where K is small, a fourth of it at least
+  int64_t scratch(int64_t K) const {
+    const int64_t least = k_bytes / 4 * K, most = k_bytes * K, some = least > kTransposedBytes ? least : kTransposedBytes;
+    return scratch_bytes + (most < some ? most : some);
+  }
 };
 
 struct QuantizeX {

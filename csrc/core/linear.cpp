@@ -354,9 +354,9 @@ const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRo
   const Split split = split_work(M, w.N, 4 * (w.sparse_float ? ceil_div(w.sparse_float->entries, w.N) : w.K));
   const bool direct = x.dtype == Dtype::f32 && x.stride_k == 1;
   const int64_t ldx = direct ? x.stride_m : round_up(w.K, 16) + 16;
-  const int64_t row_bytes = (direct ? 0 : ldx * 4) + gemm.row_bytes + gemm.k_bytes * w.K;
+  const int64_t row_bytes = (direct ? 0 : ldx * 4) + gemm.row_bytes;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(gemm.scratch_bytes, 64);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(gemm.scratch(w.K), 64);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));

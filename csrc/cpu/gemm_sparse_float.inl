@@ -10,7 +10,6 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int64_t kTransposedBytes = 512 << 10;  // half of an L2 of 1 MiB
 constexpr int kMostVecs = 4;
 constexpr int64_t kMostFloatRows = kMostVecs * Isa::kLanes;
 

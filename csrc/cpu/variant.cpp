@@ -31,7 +31,7 @@ const KernelTable table = {
     {maybe(gemm_w1), 0}, {maybe(gemm_w4_grouped), 0},
     {gemm_xnor, 0},      {spmm_s8, Isa::SignedDot::kXBytesPerK, kSparseRowPad, kTileN},
     {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
-    {maybe(spmm_f32), 2 * kTileN * kMostFloatRows * 4 + kMostFloatRows * 4, 0, 8},
+    {maybe(spmm_f32), 2 * kTileN * kMostFloatRows * 4, 4, kMostFloatRows * 4},
     {run_limit},
 };
 

@@ -96,6 +96,10 @@ class Format:
         """The format as a layer keeps it: without what has become a stored tensor."""
         return self
 
+    def dense(self) -> Format | None:
+        """The format that computes the same from dense tiles, which may be the faster one; None: there is none."""
+        return None
+
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
         """The layer: one call of self.op on its stored tensors."""
         raise NotImplementedError

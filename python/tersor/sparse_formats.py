@@ -62,6 +62,11 @@ class SparseInt8(Format):
         parts = (stored["weight_packed"], stored["weight_index"], stored["weight_offset"])
         return sparse_storage.sparse_rows(*parts, n, k) * stored["weight_scale"].unsqueeze(1)
 
+    def dense(self) -> Format:
+        from .formats import Int8Dynamic  # which imports this module
+
+        return Int8Dynamic()
+
     def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:
         parts = sparse_storage.Parts(*(stored[name] for name in sparse_storage.Parts._fields))
         sparse_storage.check_structure(repr(self), parts, n, k)

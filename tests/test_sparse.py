@@ -90,7 +90,7 @@ def test_dtypes_strides_and_bad_rows(dtype: torch.dtype):
 
 
 def test_storage_follows_the_zeros():
-    n, k = 512, 1024
+    n, k = 256, 4096
     found = {}
     for name, weight in {
         "block 80": blocks(n, k, 0.2),
@@ -104,7 +104,7 @@ def test_storage_follows_the_zeros():
         stored = sum(t.numel() * t.element_size() for name, t in layer.state_dict().items() if name.startswith("weight"))
         found[name] = (storage(layer), stored / (n * k + 4 * n))
     assert [found[name][0] for name in found] == ["tiles", "windows", "windows", "masks", "tiles", "tiles"]
-    bounds = {"block 80": 0.22, "90": 0.245, "80": 0.46, "50": 0.64, "dense": 1.05, "zeros": 0.02}
+    bounds = {"block 80": 0.22, "90": 0.24, "80": 0.46, "50": 0.64, "dense": 1.05, "zeros": 0.02}
     for name, bound in bounds.items():
         assert found[name][1] <= bound, (name, found[name])
 

@@ -7,6 +7,8 @@ namespace {
 
 long long ll(int64_t v) { return v; }
 
+constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 8, 9, 17, 35}, kChannels[] = {1, 16, 37};
+constexpr double kDensities[] = {0.0, 0.05, 0.4, 1.0};
 constexpr const char* kStorageNames[] = {"tiles", "masks", "windows"};
 constexpr SparseStorage kStorages[] = {SparseStorage::tiles, SparseStorage::masks, SparseStorage::windows};
 
@@ -241,8 +243,7 @@ TERSOR_TEST(sparse_int8_shapes) {
   for (SparseStorage storage : kStorages) {
     for (int64_t K : {1, 3, 4, 63, 64, 65, 127, 129, 300, 1030}) {
       for (int64_t N : {1, 16, 37}) {
-        const int64_t M = int64_t[]{1, 2, 3, 4, 5, 8, 9, 17, 35}[i % 9];
-        check_int8(M, N, K, (double[]{0.0, 0.05, 0.4, 1.0})[i / 3 % 4], storage, random);
+        check_int8(kRows[i % 9], N, K, kDensities[i / 3 % 4], storage, random);
         ++i;
       }
     }
@@ -255,7 +256,7 @@ TERSOR_TEST(sparse_float_shapes) {
   int64_t i = 0;
   for (int64_t K : {1, 3, 16, 17, 100, 333}) {
     for (int64_t M : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70}) {
-      check_float(M, int64_t[]{1, 16, 37}[i % 3], K, (double[]{0.0, 0.1, 0.5, 1.0})[i / 3 % 4], random);
+      check_float(M, kChannels[i % 3], K, kDensities[i / 3 % 4], random);
       ++i;
     }
   }

@@ -46,12 +46,14 @@ class Parts(NamedTuple):
 
 def storage_of(weight_packed: Tensor, weight_index: Tensor) -> str:
     """"tiles", "masks" or "windows" by the shapes, or "" where they are none of these."""
-    shapes = (weight_packed.dim(), weight_packed.shape[-1:], weight_index.dim(), weight_index.shape[-1:])
-    return {
-        (2, (TILE_BYTES,), 2, (2,)): "tiles",
-        (1, weight_packed.shape[-1:], 3, (8,)): "masks",
-        (2, (2 * TILE_BYTES,), 1, (0,)): "windows",
-    }.get(shapes, "")
+    dims = (weight_packed.dim(), weight_index.dim())
+    if dims == (2, 2) and weight_packed.shape[1] == TILE_BYTES and weight_index.shape[1] == 2:
+        return "tiles"
+    if dims == (1, 3) and weight_index.shape[2] == 8:
+        return "masks"
+    if dims == (2, 1) and weight_packed.shape[1] == 2 * TILE_BYTES and weight_index.shape[0] == 0:
+        return "windows"
+    return ""
 
 
 def pack_sparse(weight: Tensor, storage: str | None = None) -> Parts:

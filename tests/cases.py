@@ -14,7 +14,9 @@ import tersor.ops as ops
 # One of every format; test_formats_are_all_covered sees to it.
 GROUPED = tersor.Int4(32)
 INT8 = [tersor.Int8Dynamic(), tersor.Int8Static(0.03), tersor.Int8WeightOnly()]
+SPARSE_FLOAT = tersor.SparseFloat()  # has no weight_scale, which many tests read: test_sparse.py has its own
 FORMATS = [*INT8, tersor.Int4(), GROUPED, tersor.Ternary(), tersor.Ternary("tensor"), tersor.Binary(), tersor.BinaryXnor()]
+FORMATS += [tersor.SparseInt8()]
 ANY_K = [fmt for fmt in FORMATS if fmt != GROUPED]
 FEW_BITS = [fmt for fmt in FORMATS if fmt not in INT8]
 

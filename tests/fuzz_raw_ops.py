@@ -27,7 +27,7 @@ LINEAR = ("linear_dynamic", "linear_static", "linear_weight_only")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = (
     *("quantize_rows", "quantize_static", "binarize_rows", *LINEAR, "linear_grouped", "linear_xnor"),
-    *("linear_acc", "linear_s8", "input_grad"),
+    *("linear_acc", "linear_s8", "input_grad", "linear_sparse", "linear_sparse_float"),
 )
 BITS = (8, 4, 2, 1)
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 33, 40, 70)
@@ -45,9 +45,11 @@ class Fuzz:
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(1 << 60)))
         self.name = self.pick(NAMES)
         self.valid = bool(self.rng.random() < 0.5)
+        self.garbage = False  # whether sparse tensors hold what no weight gives: the kernel and the reference differ on it
         self.args = self.arguments()
         if not self.valid:
-            for _ in range(self.pick((1, 1, 1, 2))):
+            # Wrong bytes of sparse weights are enough: the shapes may stay good, so that a kernel sees them.
+            for _ in range(0 if self.garbage and self.chance(0.7) else self.pick((1, 1, 1, 2))):
                 self.spoil()
 
     def pick(self, values: Any) -> Any:
@@ -104,7 +106,8 @@ class Fuzz:
         if x.numel() and self.chance(0.3):
             flat = x.view(-1)
             # sums that overflow depend on their order (class F)
-            limit = 1e30 if self.name in ("linear_weight_only", "linear_grouped", "linear_xnor") else 3.4e38
+            in_float = ("linear_weight_only", "linear_grouped", "linear_xnor", "linear_sparse_float")
+            limit = 1e30 if self.name in in_float else 3.4e38
             for _ in range(self.pick((1, 2, 5))):
                 special = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, 1e-39, 2.0**-100, limit, -limit)
                 flat[int(self.rng.integers(flat.numel()))] = self.pick(special)
@@ -150,6 +153,8 @@ class Fuzz:
             groups = self.pick([g for g in range(1, k // 32 + 1) if k // 32 % g == 0] or [0])
             relative = self.moved(ops.group_scale_bytes(torch.rand((n, groups), generator=self.generator)))
             return [self.view(self.floats((*lead, k))), tiles, scale, relative, bias, epilogue]
+        if self.name.startswith("linear_sparse"):
+            return [self.view(self.floats((*lead, k))), *self.sparse(n, k), bias, epilogue]
         if self.name in LINEAR:
             extra = [input_scale] if self.name == "linear_static" else []
             width = [bits] if self.name == "linear_dynamic" else []
@@ -162,6 +167,24 @@ class Fuzz:
             return [q, row_sum, tiles, n, bits]
         x_scale = self.moved(torch.rand(lead, generator=self.generator))
         return [q, x_scale, row_sum, tiles, scale, bias, epilogue, self.pick(FLOATS), bits]
+
+    def sparse(self, n: int, k: int) -> list[Tensor]:
+        """The stored tensors of a sparse weight; where `valid` is False often with another structure than shapes say."""
+        density = self.pick((0.0, 0.05, 0.3, 1.0))
+        weight = torch.randn((n, k), generator=self.generator) * (torch.rand((n, k), generator=self.generator) < density)
+        if self.name == "linear_sparse_float":
+            parts = list(ops.pack_sparse_float(weight))
+        else:
+            values, scale, _ = ops.quantize_rows(weight)
+            parts = [*ops.pack_sparse(values, self.pick((None, "tiles", "masks", "windows"))), scale]
+        self.garbage = not self.valid and self.chance(0.6)
+        if self.garbage:
+            low, high = self.pick(((-3, 200), (-(1 << 62), 1 << 62)))
+            parts[2] = self.integers(low, high, tuple(parts[2].shape), torch.int64)
+            parts[1] = self.integers(0, 256, tuple(parts[1].shape), torch.uint8)
+            if self.chance(0.5):
+                parts[0] = self.integers(0, 256, tuple(parts[0].shape), torch.uint8)
+        return [self.moved(t) for t in parts]
 
     def spoil(self) -> None:
         at = self.pick(range(len(self.args)))
@@ -221,7 +244,7 @@ class Fuzz:
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: np.int16, torch.float16: np.float16, torch.float32: np.float32, torch.int32: np.int32,
-            torch.uint8: np.uint8, torch.int8: np.int8}[dtype]  # fmt: skip
+            torch.uint8: np.uint8, torch.int8: np.int8, torch.int64: np.int64}[dtype]  # fmt: skip
 
 
 def _large(args: list[Any]) -> bool:
@@ -230,7 +253,7 @@ def _large(args: list[Any]) -> bool:
 
 
 def compare(fuzz: Fuzz, got: Any, want: Any) -> None:
-    epilogue_at = {"linear_dynamic": 4, "linear_s8": 6, "linear_xnor": 5}.get(fuzz.name)
+    epilogue_at = {"linear_dynamic": 4, "linear_s8": 6, "linear_xnor": 5, "linear_sparse": 7}.get(fuzz.name)
     exact = fuzz.name in ("quantize_rows", "binarize_rows", "linear_acc") or (
         epilogue_at is not None and fuzz.args[epilogue_at] in ("none", "relu")
     )
@@ -262,6 +285,8 @@ def run_case(seed: int, case: int, check_every: int = 4) -> str:
             raise AssertionError(f"refused good arguments, or without a message: {error}") from error
         return "refused"
     first = got[0] if isinstance(got, tuple) else got
+    if fuzz.garbage or (fuzz.name.startswith("linear_sparse") and not fuzz.valid):
+        return "returned"
     if fuzz.name in ("linear_acc", "linear_s8"):
         # The op believes the sums it is given (it repairs with them), the reference makes its own.
         q, row_sum = fuzz.args[0], fuzz.args[1 if fuzz.name == "linear_acc" else 2]

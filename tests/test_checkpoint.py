@@ -40,8 +40,12 @@ def test_round_trip(tmp_path, fmt, target, mmap):
     if "swapped" in target:
         for i in (0, 3):
             other[i] = QuantLinear.from_linear(other[i], fmt)
-    before = {key: t.data_ptr() for key, t in other.state_dict().items() if not key.endswith("_extra_state")}
-    parameters = dict(other.named_parameters())
+    ours = model.state_dict()
+    # What has another size than the file's, as sparse weights may, cannot stay where it is.
+    before = {key: t.data_ptr() for key, t in other.state_dict().items() if key in ours and t.shape == ours[key].shape}
+    before = {key: p for key, p in before.items() if not key.endswith("_extra_state")}
+    parameters = {name: p for name, p in other.named_parameters() if name in before}
+    other_shapes = {key: t.shape for key, t in other.state_dict().items()}
     assert load_(other, str(path), mmap=mmap) is other
     assert_same_model(other, model)
     assert not any(t.is_inference() for t in other.state_dict().values())
@@ -54,7 +58,7 @@ def test_round_trip(tmp_path, fmt, target, mmap):
         if name in parameters:
             assert p is parameters[name], name
         else:
-            assert target == "float"
+            assert target == "float" or p.shape != other_shapes[name]
 
 
 def test_metadata_and_foreign_readers(tmp_path):

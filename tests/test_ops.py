@@ -29,6 +29,12 @@ def arguments(name: str, layer) -> tuple:
             return (x, threshold)
         grad = name.endswith("_differentiable")
         return (x.requires_grad_(grad), tiles, scale, threshold, bias.requires_grad_(grad), "silu")
+    if name.startswith("linear_sparse"):
+        grad = name.endswith("_differentiable")
+        weight = torch.randn(37, 70) * (torch.rand(37, 70) < 0.1)
+        values, w_scale, _ = ops.quantize_rows(weight)
+        stored = ops.pack_sparse_float(weight) if "float" in name else (*ops.pack_sparse(values), w_scale)
+        return (x.requires_grad_(grad), *stored, bias.requires_grad_(grad), "silu")
     q, x_scale, row_sum = ops.quantize_rows(x)
     if name == "quantize_rows":
         return (x,)

@@ -11,6 +11,7 @@
 #include "../core/huge_pages.h"
 #include "../core/linear.h"
 #include "check.h"
+#include "sparse_check.h"
 
 namespace py = pybind11;
 
@@ -173,6 +174,72 @@ py::array linear_weight_only(const py::array& x, const py::array& weight_packed,
                       nothing_more);
 }
 
+// Runs `driver` on x with what is sparse about `w` set.
+py::array sparse_linear(const char* name, LinearDriver driver, const py::array& x, const XRows& r, tersor::LinearWeights w,
+                        const py::object& bias, const std::string& epilogue) {
+  const auto& table = tersor::table_or_throw();
+  if (!bias.is_none()) w.bias = exact<float>(name, "bias", py::cast<py::array>(bias), {w.N});
+  w.bias_dtype = Dtype::f32;
+  w.activation = tersor::activation_from(name, epilogue);
+  py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
+  const tersor::Output out{y.mutable_data(), r.rows.dtype};
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = driver(table, r.M, r.rows, w, out);
+  }
+  tersor::check_memory(name, error);
+  return y;
+}
+
+const uint8_t* bytes_of(const char* function, const char* name, const py::array& a) {
+  if (!py::isinstance<py::array_t<uint8_t>>(a) || !(a.flags() & py::array::c_style)) {
+    fail(function, name, " must be C-contiguous uint8");
+  }
+  return static_cast<const uint8_t*>(a.data());
+}
+
+py::array linear_sparse(const py::array& x, const py::array& weight_packed, const py::array& weight_index,
+                        const py::array& weight_offset, const py::array& weight_sum, const py::array& weight_scale,
+                        const py::object& bias, const std::string& epilogue) {
+  constexpr const char* kName = "linear_sparse";
+  const XRows r = rows_of(kName, x);
+  tersor::LinearWeights w{};
+  if (weight_scale.ndim() != 1) fail(kName, "weight_scale has ", weight_scale.ndim(), " dimensions, expected [N]");
+  w.N = weight_scale.shape(0);
+  w.K = r.K;
+  w.weight_scale = exact<float>(kName, "weight_scale", weight_scale, {w.N});
+  const auto sizes = [](const py::array& a) { return std::vector<int64_t>(a.shape(), a.shape() + a.ndim()); };
+  const std::vector<int64_t> packed = sizes(weight_packed), index = sizes(weight_index);
+  tersor::SparseWeights s =
+      tersor::sparse_sizes(kName, {packed.data(), weight_packed.ndim()}, {index.data(), weight_index.ndim()}, w.N, w.K);
+  const int64_t tiles = tersor::ceil_div(w.N, tersor::kTileN);
+  s.packed = bytes_of(kName, "weight_packed", weight_packed);
+  s.index = bytes_of(kName, "weight_index", weight_index);
+  s.offset = exact<int64_t>(kName, "weight_offset", weight_offset, {tiles + 1});
+  s.sum = exact<int32_t>(kName, "weight_sum", weight_sum, {tiles, tersor::kTileN});
+  w.sparse = &s;
+  return sparse_linear(kName, tersor::linear_dynamic, x, r, w, bias, epilogue);
+}
+
+py::array linear_sparse_float(const py::array& x, const py::array& weight_packed, const py::array& weight_index,
+                              const py::array& weight_offset, const py::object& bias, const std::string& epilogue) {
+  constexpr const char* kName = "linear_sparse_float";
+  const XRows r = rows_of(kName, x);
+  if (r.K > tersor::kMaxFloatK) fail(kName, "K=", r.K, " is above ", tersor::kMaxFloatK, ", what two bytes of index reach");
+  if (weight_offset.ndim() != 1 || weight_offset.shape(0) < 1) fail(kName, "weight_offset is not [N + 1]");
+  tersor::LinearWeights w{};
+  w.N = weight_offset.shape(0) - 1;
+  w.K = r.K;
+  tersor::SparseFloatWeights s{};
+  s.entries = weight_packed.ndim() == 2 ? weight_packed.shape(0) : 0;
+  s.values = exact<uint8_t>(kName, "weight_packed", weight_packed, {s.entries, 4});
+  s.index = exact<uint8_t>(kName, "weight_index", weight_index, {s.entries, 2});
+  s.offset = exact<int64_t>(kName, "weight_offset", weight_offset, {w.N + 1});
+  w.sparse_float = &s;
+  return sparse_linear(kName, tersor::linear_weight_only, x, r, w, bias, epilogue);
+}
+
 tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array& row_sum, int64_t* M, int64_t* K) {
   if (!py::isinstance<py::array_t<int8_t>>(q) || q.ndim() != 2) fail(function, "q must be int8 [M, K]");
   if (q.shape(1) > 1 && q.strides(1) != 1) fail(function, "q must have contiguous rows");
@@ -294,6 +361,8 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("linear_grouped", &linear_grouped);
   m.def("linear_xnor", &linear_xnor);
   m.def("linear_weight_only", &linear_weight_only);
+  m.def("linear_sparse", &linear_sparse);
+  m.def("linear_sparse_float", &linear_sparse_float);
   m.def("linear_acc", &linear_acc);
   m.def("linear_s8", &linear_s8);
 }

@@ -22,16 +22,18 @@ namespace tersor {
 namespace {
 
 // One list of features: the bit, its name in messages. Where CPUID reports each is in cpu_features().
-#define TERSOR_FEATURES(X)      \
-  X(kAvx2, "AVX2")              \
-  X(kFma, "FMA")                \
-  X(kF16c, "F16C")              \
-  X(kAvx512F, "AVX512F")        \
-  X(kAvx512Bw, "AVX512BW")      \
-  X(kAvx512Dq, "AVX512DQ")      \
-  X(kAvx512Vl, "AVX512VL")      \
-  X(kAvx512Vnni, "AVX512_VNNI") \
-  X(kAvx512Vpopcntdq, "AVX512_VPOPCNTDQ")
+#define TERSOR_FEATURES(X)                \
+  X(kAvx2, "AVX2")                        \
+  X(kFma, "FMA")                          \
+  X(kF16c, "F16C")                        \
+  X(kAvx512F, "AVX512F")                  \
+  X(kAvx512Bw, "AVX512BW")                \
+  X(kAvx512Dq, "AVX512DQ")                \
+  X(kAvx512Vl, "AVX512VL")                \
+  X(kAvx512Vnni, "AVX512_VNNI")           \
+  X(kAvx512Vpopcntdq, "AVX512_VPOPCNTDQ") \
+  X(kAvx512Vbmi, "AVX512_VBMI")           \
+  X(kAvx512Vbmi2, "AVX512_VBMI2")
 
 enum FeatureIndex {
 #define TERSOR_FEATURE(id, text) id##Index,
@@ -71,6 +73,8 @@ uint32_t cpu_features() {
     if (b & bit_AVX512VL) have |= kAvx512Vl;
     if (c & bit_AVX512VNNI) have |= kAvx512Vnni;
     if (c & bit_AVX512VPOPCNTDQ) have |= kAvx512Vpopcntdq;
+    if (c & bit_AVX512VBMI) have |= kAvx512Vbmi;
+    if (c & bit_AVX512VBMI2) have |= kAvx512Vbmi2;
   }
   return have;
 }
@@ -166,7 +170,7 @@ const char* resolve_kernels(const char* isa, Kernels* out) {
       return error;
     }
   }
-  std::memset(out, 0, sizeof *out);
+  *out = Kernels{};
   out->table.isa = nullptr;
   for (int i = count - 1; i >= first; --i) {
     if (!rows[i].runnable) continue;

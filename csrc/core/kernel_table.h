@@ -36,6 +36,37 @@ inline constexpr int code_shift(int bits) { return bits == 1 ? 1 : 0; }
 inline constexpr int64_t kGroupScaleBytes = 2 * kTileN;
 inline constexpr int64_t kGroupUnit = 32;  // a group is a multiple of it
 
+// Sparse weights are s8 (absent = 0). An entry is what an n tile keeps a number of, [offset[t], offset[t + 1]):
+//   tiles    [ entries ][ 64 ] kept tiles; index: u16 k step of each. Blocks of 16 x 4.
+//   masks    [ entries + 64 ] non-zero bytes of all tiles, tile by tile; index: [ Nt ][ Kt ] u64, bit i: byte i of the tile is
+//   there windows  [ entries ][ 64 positions | 64 values ], channel n in bytes 4n .. 4n + 3 of each half, as in a tile; no index.
+//   Positions
+//            are the low 7 bits, they count in a window of 128 k. Bit 7 of positions 0..15 are bits 0..15 of where it begins, in
+//            steps of 32 k. A value of 0 is padding.
+// Wherever a kernel reads, it holds what it read of index and offset within the arrays.
+enum class SparseStorage : int32_t { tiles, masks, windows };
+inline constexpr int64_t kMaskSlack = 64;  // bytes past the last value: a register of values is read at a time
+inline constexpr int64_t kWindowK = 128;
+inline constexpr int64_t kWindowStep = 32;
+struct SparseWeights {
+  SparseStorage storage;
+  const uint8_t* packed;
+  int64_t entries;
+  const uint8_t* index;
+  const int64_t* offset;  // [Nt + 1]
+  const int32_t* sum;     // [Nt][16] sum of w over K, for instruction sets that multiply x + 128
+};
+
+// Non-zeros of sparse float weights, channel after channel: f32 values and their u16 k, both at any byte.
+struct SparseFloatWeights {
+  const uint8_t* values;  // [entries][4]
+  const uint8_t* index;   // [entries][2], held below K by the kernel
+  const int64_t* offset;  // [N + 1], held within [0, entries]
+  int64_t entries;
+};
+inline constexpr int64_t kMaxFloatK = 65536;
+inline constexpr int64_t kTransposedBytes = 512 << 10;  // of x, where K allows: half of an L2 of 1 MiB
+
 enum class Dtype : int32_t { f32, bf16, f16, s32 };
 inline constexpr int64_t dtype_bytes(Dtype t) { return t == Dtype::f32 || t == Dtype::s32 ? 4 : 2; }
 
@@ -121,9 +152,10 @@ struct GemmArgs {
   int64_t ldy;            // elements
   bool stream_y = false;  // f32 stores go past the caches; y and its rows are aligned to 64 bytes
   const uint8_t* group_scale = nullptr;
-  int64_t group_size = 0;          // a multiple of kGroupUnit that divides K
-  const void* residual = nullptr;  // [M][ldr], y_dtype; null: nothing is added
-  int64_t ldr = 0;                 // elements
+  int64_t group_size = 0;                 // a multiple of kGroupUnit that divides K
+  const void* residual = nullptr;         // [M][ldr], y_dtype; null: nothing is added
+  int64_t ldr = 0;                        // elements
+  const SparseWeights* sparse = nullptr;  // of spmm_s8, in place of weight_packed
 };
 
 // y[m][16 i + j] = act(both[m][32 i + j]) * both[m][32 i + 16 + j], j < 16: gate and up in runs of a tile, as a GEMM over tiles in
@@ -151,6 +183,7 @@ struct FloatGemmArgs {
   void* y;
   Dtype y_dtype;
   int64_t ldy;
+  const SparseFloatWeights* sparse = nullptr;  // of spmm_f32, in place of weight_packed and weight_scale
 };
 
 // The part of C a call computes: rows [m0, m1) x n tiles [t0, t1), with scratch of its own.
@@ -162,14 +195,21 @@ struct GemmRange {
 struct IntGemm {
   void (*run)(const GemmArgs&, const GemmRange&);
   int64_t x_scratch_bytes;  // of scratch for each element of a row, K rounded up to 4; 0: none is needed (always below 8 bits)
-  // Scratch of one row. Rows are a line further apart than they are long: at a multiple of 4096 they would collide in L1.
-  int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + 64 : 0; }
+  int64_t row_pad = 64;     // bytes past a row. Rows a multiple of 4096 apart would collide in L1.
+  int64_t panel_bytes = 0;  // of scratch for each element of K, once
+  int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + row_pad : 0; }
+  int64_t panel_scratch(int64_t K) const { return panel_bytes * round_up(K, kTileK8); }
 };
 
 struct FloatGemm {
   void (*run)(const FloatGemmArgs&, const GemmRange&);
   int64_t scratch_bytes;  // fixed part
   int64_t row_bytes;      // and per row of the range
+  int64_t k_bytes = 0;    // and for each k of a row, of x transposed: up to so many where K is small, a fourth of it at least
+  int64_t scratch(int64_t K) const {
+    const int64_t least = k_bytes / 4 * K, most = k_bytes * K, some = least > kTransposedBytes ? least : kTransposedBytes;
+    return scratch_bytes + (most < some ? most : some);
+  }
 };
 
 struct QuantizeX {
@@ -210,7 +250,9 @@ struct Limits {
   X(IntGemm, gemm_w1)               \
   X(IntGemm, gemm_w4_grouped)       \
   X(IntGemm, gemm_xnor)             \
+  X(IntGemm, spmm_s8)               \
   X(FloatGemm, gemm_f32_w8)         \
+  X(FloatGemm, spmm_f32)            \
   X(NormQuantizeX, norm_quantize_x) \
   X(Glu, glu)                       \
   X(Limits, limits)

@@ -172,11 +172,13 @@ GemmArgs gemm_args(const LinearWeights& w, const int8_t* q, int64_t ldq, const f
           w.group_scale,
           w.group_size,
           out.residual ? static_cast<const char*>(out.residual) + m * out.residual_stride * dtype_bytes(out.dtype) : nullptr,
-          out.residual_stride};
+          out.residual_stride,
+          w.sparse};
 }
 
 // The kernel of a layer's width.
 const IntGemm& gemm_of(const KernelTable& kt, const LinearWeights& w) {
+  if (w.sparse) return kt.spmm_s8;
   if (w.group_scale) return kt.gemm_w4_grouped;
   return w.bits == 8 ? kt.gemm_w8 : w.bits == 4 ? kt.gemm_w4 : w.bits == 2 ? kt.gemm_w2 : kt.gemm_w1;
 }
@@ -219,6 +221,13 @@ void multiply(const KernelTable& kt, const IntGemm& gemm, const LinearWeights& w
     char* y = static_cast<char*>(args.y) + n / 2 * dtype_bytes(args.y_dtype);
     kt.glu.run({rows, part.N / 2, both, part.ldy, w.activation, y, args.y_dtype, args.ldy});
   }
+}
+
+// K of a dense layer with as many multiply-adds.
+int64_t working_k(const LinearWeights& w) {
+  if (!w.sparse || w.sparse->storage == SparseStorage::masks) return w.K;
+  const int64_t per_entry = w.sparse->storage == SparseStorage::tiles ? kTileK8 : 2 * kTileK8;  // a window's x is looked up first
+  return ceil_div(w.sparse->entries * per_entry, ceil_div(w.N, kTileN));
 }
 
 int64_t groups_of(const LinearWeights& w) { return w.group_scale ? w.K / w.group_size : 0; }
@@ -266,12 +275,12 @@ const char* binarize_rows(const KernelTable& kt, int64_t M, int64_t K, const Str
 const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
   const IntGemm& gemm = gemm_of(kt, w);
-  const Split split = split_work(M, w.N, w.K);
+  const Split split = split_work(M, w.N, working_k(w));
   const bool stream = !w.glu && streams(kt, out, M, w.N);
   const int64_t ldq = s8_stride(w.K), groups = groups_of(w);
   const int64_t row_bytes = ldq + gemm.row_scratch(w.K) + 8 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K) + glu_bytes(w, mc);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K) + glu_bytes(w, mc) + gemm.panel_scratch(w.K);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -370,12 +379,14 @@ const char* linear_xnor(const KernelTable& kt, int64_t M, const StridedRows& x, 
 
 const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, const Output& out) {
   if (M == 0 || w.N == 0) return nullptr;
-  const Split split = split_work(M, w.N, 4 * w.K);  // a float multiply-add costs four int8 ones
+  const FloatGemm& gemm = w.sparse_float ? kt.spmm_f32 : kt.gemm_f32_w8;
+  // A float multiply-add costs four int8 ones.
+  const Split split = split_work(M, w.N, 4 * (w.sparse_float ? ceil_div(w.sparse_float->entries, w.N) : w.K));
   const bool direct = x.dtype == Dtype::f32 && x.stride_k == 1;
   const int64_t ldx = direct ? x.stride_m : round_up(w.K, 16) + 16;
-  const int64_t row_bytes = (direct ? 0 : ldx * 4) + kt.gemm_f32_w8.row_bytes;
+  const int64_t row_bytes = (direct ? 0 : ldx * 4) + gemm.row_bytes;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(kt.gemm_f32_w8.scratch_bytes, 64);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 64 + gather_bytes(x, w.K) + round_up(gemm.scratch(w.K), 64);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -400,8 +411,9 @@ const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRo
       }
       const float* rows_f32 = direct ? reinterpret_cast<const float*>(at(x, m)) : floats;
       const FloatGemmArgs args{
-          w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N), out.dtype, w.N};
-      kt.gemm_f32_w8.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
+          w.N,       w.K, rows_f32,      ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
+          out.dtype, w.N, w.sparse_float};
+      gemm.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };
   parallel_for(split.pieces(), piece);

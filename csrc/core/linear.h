@@ -19,6 +19,8 @@ struct LinearWeights {
   int64_t group_size = 0;
   const float* threshold = nullptr;  // [K] of linear_xnor
   bool glu = false;  // n tiles of gate and up in turn: y[M][N/2] = activation(gate) * up. N is a multiple of 32; no groups
+  const SparseWeights* sparse = nullptr;             // in place of weight_packed
+  const SparseFloatWeights* sparse_float = nullptr;  // of linear_weight_only, in place of weight_packed and weight_scale
 };
 
 struct Output {

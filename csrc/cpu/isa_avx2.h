@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "expand_table.h"
+
 namespace tersor::TERSOR_ISA {
 namespace {
 
@@ -171,6 +173,52 @@ struct Isa {
   template <int kBits>
   using Dot = Choose<kBits == 8, Dot8, DotFew<kBits>>;
 
+  // s8 x s8: both sides sign-extended, in the halves of Dot8.
+  struct SignedDot {
+    using W = Dot8::W;
+    using X = Dot8::X;
+    static constexpr int kXBytesPerK = 2;
+    static constexpr int kSumShift = -1;
+    static void prepare(const int8_t* q, int64_t K, char* out) {
+      const int64_t whole = K / 4;
+      Dot8::split_x(q, whole, out);
+      if (whole * 4 == K) return;
+      int8_t last[4] = {};
+      __builtin_memcpy(last, q + whole * 4, static_cast<size_t>(K - whole * 4));
+      Dot8::split_x(last, 1, out + whole * 8);
+    }
+    static void prepare_bytes(const int8_t* q, int64_t K, char* out) { __builtin_memcpy(out, q, static_cast<size_t>(K)); }
+    static W split(__m256i w) { return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)}; }
+    static W load_w(const uint8_t* p) { return split(load_i(p)); }
+    static X load_x(const char* p) { return Dot8::load_x(p); }
+    static Vi dot4(Vi acc, const W& w, const X& x) { return Dot8::dot4(acc, w, x); }
+    static Vi dot_bytes(Vi acc, Vi x, Vi w) {
+      const W a = split(x), b = split(w);
+      return dot4(acc, b, X{a.even, a.odd});
+    }
+  };
+  static uint32_t high_bits16(const uint8_t* p) {
+    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vi lookup(const char* window, Vi index) {
+    const __m256i part = _mm256_and_si256(index, _mm256_set1_epi8(0x70)), at = _mm256_and_si256(index, _mm256_set1_epi8(15));
+    __m256i found = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window) + i));
+      const __m256i here = _mm256_cmpeq_epi8(part, _mm256_set1_epi8(static_cast<char>(16 * i)));
+      found = _mm256_or_si256(found, _mm256_and_si256(here, _mm256_shuffle_epi8(table, at)));
+    }
+    return found;
+  }
+  static void expand_tile(uint64_t mask, const uint8_t* values, uint8_t* tile) { expand_by_table(mask, values, tile); }
+
+  static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    for (int64_t c = 0; c < 16; ++c) {
+      for (int64_t r = 0; r < 16; ++r) out[c * ld_out + r] = in[r * ld_in + c];
+    }
+  }
+
   // The bits of each half byte from a table, counted in bytes: 31 times 8 fits one.
   struct Popcount {
     static constexpr int kPartialSteps = 31;
@@ -199,6 +247,8 @@ struct Isa {
   static constexpr int kGroupedMaxRows = 2;
   static constexpr int grouped_tiles(int) { return 1; }
   // Float GEMM: 6 x 2 accumulators, 2 weights, a broadcast.
+  static constexpr int kSparseMaxRows = 4;
+  static constexpr int sparse_sets(int) { return 1; }
   static constexpr int kFloatMaxRows = 6;
   static constexpr int kFloatTiles = 1;
 };

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "expand_table.h"
+
 namespace tersor::TERSOR_ISA {
 namespace {
 
@@ -102,6 +104,67 @@ struct Avx512Vnni {
     static Vi widen(Vi acc) { return acc; }
   };
 
+  // vpdpbusd takes x + 128 as unsigned: sums are too large by 128 times the sum of w.
+  struct SignedDot {
+    using W = __m512i;
+    using X = __m512i;
+    static constexpr int kXBytesPerK = 1;
+    static constexpr int kSumShift = 7;
+    static void prepare(const int8_t* q, int64_t K, char* out) {
+      const __m512i sign = _mm512_set1_epi8(-128);
+      int64_t k = 0;
+      for (; k + 64 <= K; k += 64) _mm512_storeu_si512(out + k, _mm512_xor_si512(_mm512_loadu_si512(q + k), sign));
+      for (; k < K; ++k) out[k] = static_cast<char>(q[k] ^ -128);
+    }
+    static void prepare_bytes(const int8_t* q, int64_t K, char* out) { prepare(q, K, out); }
+    static W load_w(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static X load_x(const char* p) { return Dot<8>::load_x(p); }
+    static Vi dot4(Vi acc, W w, X x) { return _mm512_dpbusd_epi32(acc, x, w); }
+    static Vi dot_bytes(Vi acc, Vi x, Vi w) { return _mm512_dpbusd_epi32(acc, x, w); }
+  };
+  static uint32_t high_bits16(const uint8_t* p) {
+    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vi lookup(const char* window, Vi index) {
+    const __m512i part = _mm512_and_si512(index, _mm512_set1_epi8(0x70)), at = _mm512_and_si512(index, _mm512_set1_epi8(15));
+    __m512i found = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window) + i));
+      const __mmask64 here = _mm512_cmpeq_epi8_mask(part, _mm512_set1_epi8(static_cast<char>(16 * i)));
+      found = _mm512_mask_shuffle_epi8(found, here, table, at);
+    }
+    return found;
+  }
+  static void expand_tile(uint64_t mask, const uint8_t* values, uint8_t* tile) { expand_by_table(mask, values, tile); }
+
+  // Pairs of rows, of pairs, then of quarters: 64 shuffles.
+  static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    __m512d a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      const __m512 x = _mm512_loadu_ps(in + i * ld_in), y = _mm512_loadu_ps(in + (i + 1) * ld_in);
+      a[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x, y));
+      a[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x, y));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {  // b[i + c]: columns c, c + 4, c + 8, c + 12 of rows i .. i + 3
+      b[i] = _mm512_unpacklo_pd(a[i], a[i + 2]);
+      b[i + 1] = _mm512_unpackhi_pd(a[i], a[i + 2]);
+      b[i + 2] = _mm512_unpacklo_pd(a[i + 1], a[i + 3]);
+      b[i + 3] = _mm512_unpackhi_pd(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m512d low = _mm512_shuffle_f64x2(b[c], b[c + 4], 0x88), low2 = _mm512_shuffle_f64x2(b[c + 8], b[c + 12], 0x88);
+      const __m512d high = _mm512_shuffle_f64x2(b[c], b[c + 4], 0xdd), high2 = _mm512_shuffle_f64x2(b[c + 8], b[c + 12], 0xdd);
+      _mm512_storeu_pd(out + c * ld_out, _mm512_shuffle_f64x2(low, low2, 0x88));
+      _mm512_storeu_pd(out + (c + 8) * ld_out, _mm512_shuffle_f64x2(low, low2, 0xdd));
+      _mm512_storeu_pd(out + (c + 4) * ld_out, _mm512_shuffle_f64x2(high, high2, 0x88));
+      _mm512_storeu_pd(out + (c + 12) * ld_out, _mm512_shuffle_f64x2(high, high2, 0xdd));
+    }
+  }
+
   // The bits of each half byte from a table, bytes to words with a product by one.
   struct Popcount {
     static constexpr int kPartialSteps = 0;
@@ -127,6 +190,9 @@ struct Avx512Vnni {
   // Groups: as many float sums again. 6 x 2 of each, 2 words or scales, a broadcast.
   static constexpr int kGroupedMaxRows = 6;
   static constexpr int grouped_tiles(int rows) { return rows <= 2 ? 4 : 2; }
+  // Sparse: one tile at a time, so several sets of sums where rows are few.
+  static constexpr int kSparseMaxRows = 8;
+  static constexpr int sparse_sets(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
   // Float GEMM: 12 x 2 accumulators, 2 weights, a broadcast.
   static constexpr int kFloatMaxRows = 12;
   static constexpr int kFloatTiles = 2;

@@ -2,6 +2,7 @@
 // what every function of the vocabulary means; the other isa_*.h give the same results bit for bit (muladd excepted, see there).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace tersor::TERSOR_ISA {
@@ -207,6 +208,60 @@ struct Isa {
     static Vi widen(Vi acc) { return acc; }
   };
 
+  // The dot product of sparse weights: s8 words in W, four products added to each lane.
+  //   prepare(q, K, out)     an s8 row in the form load_x reads, kXBytesPerK bytes for an element; prepare_bytes: as lookup reads
+  //   it load_w, load_x, dot4   as in Dot dot_bytes(acc, x, w)   the same of a vector of bytes that lookup gave kSumShift sums are
+  //   too large by the sum of w << kSumShift; negative: they are right
+  struct SignedDot {
+    using W = Vi;
+    using X = Vi;
+    static constexpr int kXBytesPerK = 1;
+    static constexpr int kSumShift = -1;
+    static void prepare(const int8_t* q, int64_t K, char* out) { __builtin_memcpy(out, q, static_cast<std::size_t>(K)); }
+    static void prepare_bytes(const int8_t* q, int64_t K, char* out) { prepare(q, K, out); }
+    static W load_w(const uint8_t* p) { return load_i(p); }
+    static X load_x(const char* p) {
+      int32_t word;
+      __builtin_memcpy(&word, p, 4);
+      return set1_i(word);
+    }
+    static Vi dot4(Vi acc, W w, X x) { return dot_bytes(acc, x, w); }
+    static Vi dot_bytes(Vi acc, Vi x, Vi w) {
+      return each_i([&](int i) {
+        uint32_t sum = u(acc.v[i]);
+        for (int b = 0; b < 32; b += 8) {
+          sum += u(static_cast<int8_t>(u(x.v[i]) >> b) * static_cast<int8_t>(u(w.v[i]) >> b));
+        }
+        return sum;
+      });
+    }
+  };
+  // Bit i is bit 7 of byte i.
+  static uint32_t high_bits16(const uint8_t* p) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(p[i] >> 7) << i;
+    return bits;
+  }
+  // Byte i of the result is window[index_i & 127].
+  static Vi lookup(const char* window, Vi index) {
+    return each_i([&](int i) {
+      uint32_t word = 0;
+      for (int b = 0; b < 32; b += 8) word |= static_cast<uint32_t>(static_cast<uint8_t>(window[u(index.v[i]) >> b & 127])) << b;
+      return word;
+    });
+  }
+  // The tile of 64 bytes whose byte i is the next of `values` where bit i of mask is set, else 0. All 64 values may be read.
+  static void expand_tile(uint64_t mask, const uint8_t* values, uint8_t* tile) {
+    for (int i = 0; i < 64; ++i, mask >>= 1) tile[i] = mask & 1 ? *values++ : uint8_t{0};
+  }
+
+  // out[c][r] = in[r][c], 16 x 16.
+  static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    for (int64_t c = 0; c < 16; ++c) {
+      for (int64_t r = 0; r < 16; ++r) out[c * ld_out + r] = in[r * ld_in + c];
+    }
+  }
+
   // Adds the set bits of each lane of a. kPartialSteps, widen: as in Dot.
   struct Popcount {
     static constexpr int kPartialSteps = 0;
@@ -230,6 +285,8 @@ struct Isa {
   static constexpr int kInPlaceRows = 0;  // up to so many rows codes of few bits are not shifted, see products.h
   static constexpr int kGroupedMaxRows = 2;
   static constexpr int grouped_tiles(int) { return 1; }
+  static constexpr int kSparseMaxRows = 2;
+  static constexpr int sparse_sets(int) { return 1; }
   static constexpr int kFloatMaxRows = 2;
   static constexpr int kFloatTiles = 1;
 

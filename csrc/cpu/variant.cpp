@@ -8,7 +8,9 @@
 #include "quantize_x.inl"
 #include "binarize_x.inl"
 #include "gemm_int.inl"
+#include "gemm_sparse.inl"
 #include "gemm_float.inl"
+#include "gemm_sparse_float.inl"
 #include "glu.inl"
 #include "limits.inl"
 #include "norm_quantize.inl"
@@ -35,7 +37,9 @@ const KernelTable table = {
     {maybe(gemm_w1), 0},
     {maybe(gemm_w4_grouped), 0},
     {gemm_xnor, 0},
+    {spmm_s8, Isa::SignedDot::kXBytesPerK, kSparseRowPad, kTileN},
     {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
+    {maybe(spmm_f32), 2 * kTileN * kMostFloatRows * 4, 4, kMostFloatRows * 4},
     {maybe(norm_quantize_x)},
     {maybe(glu)},
     {run_limit},

@@ -22,6 +22,8 @@ _PUBLIC = {
     "Int8Static": "formats",
     "Int8WeightOnly": "formats",
     "QuantLinear": "nn",
+    "SparseFloat": "formats",
+    "SparseInt8": "formats",
     "Ternary": "formats",
     "dequantize_": "swap",
     "from_bitnet_": "bitnet",
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from . import formats, nn, numpy, ops, parallel, train
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
-    from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, Ternary
+    from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseFloat, SparseInt8, Ternary
     from .information import info
     from .nn import QuantLinear
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights

@@ -22,6 +22,7 @@ class Choice:
 
     def __init__(self) -> None:
         self._known: dict[Any, dict[int, tuple[float, float]]] = {}
+        self._alive: list[Tensor] = []  # so that an id stays one weight's
 
     def speedup(self, linear: nn.Linear, fmt: Format, rows: Rows) -> dict[int, float] | None:
         """{M: time of the float layer / time of the packed one} where the packed layer wins over `rows` in all, else None.
@@ -33,9 +34,22 @@ class Choice:
         packed_time = sum(times[m][1] * count for m, count in rows.items())
         return {m: round(a / b, 2) for m, (a, b) in times.items()} if packed_time < float_time else None
 
+    def best(self, linear: nn.Linear, fmt: Format, rows: Rows) -> tuple[Format, dict[int, float]] | None:
+        """`fmt`, or the dense format that it can be exchanged for, whichever is faster over `rows`, with its speedup; None: neither
+        is faster than the float layer."""
+        found = [(f, s) for f in (fmt, fmt.dense()) if f is not None and (s := self.speedup(linear, f, rows)) is not None]
+        return min(found, key=lambda f: self._total(linear, f[0], rows), default=None)
+
+    def _total(self, linear: nn.Linear, fmt: Format, rows: Rows) -> float:
+        times = self.times(linear, fmt, tuple(sorted(rows)))
+        return sum(times[m][1] * count for m, count in rows.items())
+
     def times(self, linear: nn.Linear, fmt: Format, rows: tuple[int, ...]) -> dict[int, tuple[float, float]]:
         """{M: (seconds of the float layer, seconds of the packed one)}."""
         key = (tuple(linear.weight.shape), linear.weight.dtype, linear.bias is None, fmt, rows, torch.get_num_threads())
+        if not fmt.by_rows:  # the time of a sparse layer follows from its zeros
+            key = (*key, id(linear.weight))
+            self._alive.append(linear.weight)
         if key not in self._known:
             packed = QuantLinear.from_linear(linear, fmt)
             self._known[key] = {m: _measure(linear, packed, m) for m in rows}

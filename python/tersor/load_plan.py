@@ -40,7 +40,7 @@ class _Slot:
     """One tensor of the model, under all the names that it goes by."""
 
     target: Tensor | None  # None: of a layer that is still to be built
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None  # None: it follows from the weight that is to come
     dtype: torch.dtype | None  # None: any of the target's kind
     keys: list[str] = field(default_factory=list)
     value: Any = None  # what the checkpoint has for it
@@ -129,7 +129,7 @@ class LoadPlan:
                 else:
                     # What does not follow from the weight is not tied with it.
                     target, tie = None, (id(module.weight if spec.channels else module), layer.format, spec.name)
-                slot = self.slots.setdefault(tie, _Slot(target, spec.shape, spec.dtype))
+                slot = self.slots.setdefault(tie, _Slot(target, None if spec.varies else spec.shape, spec.dtype))
                 slot.keys.append(join(prefix, spec.name))
                 layer.slots[spec.name] = slot
         packed = {key for slot in self.slots.values() for key in slot.keys}
@@ -174,7 +174,7 @@ class LoadPlan:
                 if slot.dtype is None:
                     missing += slot.keys
                 else:
-                    want = describe(slot.dtype, slot.shape)
+                    want = describe(slot.dtype, slot.shape or ())
                     self.problems.append(f"{slot.keys[0]} is missing; the tag of its layer asks for {want}")
                 continue
             misfits = [reason for key in found if (reason := _misfit(key, tensors[key], slot))]
@@ -183,12 +183,23 @@ class LoadPlan:
                 different = [key for key in found[1:] if not _same(slot.value, tensors[key])]
                 misfits = [f"{key} differs from {found[0]}; the model ties the two, untie them" for key in different]
             self.problems += misfits
+        self._check_layers()
         unexpected = [key for key in tensors if key not in expected and split(key)[0] not in self.refused]
         for what, keys in (("missing", missing), ("unexpected", unexpected)):
             if keys and strict:
                 self.problems.append(f"{what}: {listed(keys)}")
             elif keys and not self.problems:
                 logger.warning("tersor: load_(strict=False): %s in %s: %s", what, self.source.where, listed(keys))
+
+    def _check_layers(self) -> None:
+        """Whether what goes into each packed layer makes one."""
+        for prefix, layer in {id(layer): (prefix, layer) for prefix, layer in self.layers.items()}.values():
+            values = {name: slot.value for name, slot in layer.slots.items()}
+            if all(value is not None for value in values.values()):
+                try:
+                    layer.format.check_stored(values, layer.n, layer.k)
+                except ValueError as error:
+                    self._refuse(prefix, f"{prefix or 'the root'}: {error}")
 
     def apply(self) -> None:
         """Changes the model: packed layers one by one, each float layer gone before the next is read, then all other tensors."""
@@ -203,10 +214,13 @@ class LoadPlan:
         for slot in self.slots.values():
             if slot.target is None or slot.value is None:
                 continue
-            if not slot.target.is_meta:
+            resized = slot.target.shape != slot.value.shape
+            if not slot.target.is_meta and not resized:
                 rest.update(dict.fromkeys(slot.keys, slot.value))
                 continue
-            value = taken.take(slot.value, self.source.copy_to_meta)
+            value = taken.take(slot.value, self.source.copy_to_meta if slot.target.is_meta else self.source.copy_to_new)
+            if not slot.target.is_meta:
+                value = value.to(slot.target.device)
             if isinstance(slot.target, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=slot.target.requires_grad)
             for holder, name in held[id(slot.target)]:
@@ -326,8 +340,9 @@ def _misfit(key: str, value: Any, slot: _Slot) -> str | None:
     if want is None:
         assert slot.target is not None
         want = value.dtype if _kind(value) == _kind(slot.target) else slot.target.dtype
-    if value.dtype != want or tuple(value.shape) != slot.shape:
-        return f"{key} is {describe(value.dtype, value.shape)}, expected {describe(want, slot.shape)}"
+    if value.dtype != want or slot.shape not in (None, tuple(value.shape)):
+        shape = slot.shape if slot.shape is not None else value.shape
+        return f"{key} is {describe(value.dtype, value.shape)}, expected {describe(want, shape)}"
     return None
 
 

@@ -89,11 +89,15 @@ class QuantLinear(nn.Module):
                     rows = weight[begin:end]
                     if not torch.isfinite(rows).all():
                         raise ValueError(f"QuantLinear: weight holds NaN or inf in rows {begin} to {end - 1}")
+                    if not layer.format.by_rows:
+                        continue
                     known = scales and {s.name: s.part(scales[s.name], begin, end) for s in layer.specs() if s.name in scales}
                     parts = layer.format.quantize(rows, known)
                     for spec in layer.specs():
                         if spec.name in parts:
                             spec.part(stored[spec.name], begin, end).copy_(parts[spec.name])
+                if not layer.format.by_rows:
+                    stored = {name: in_huge_pages(t) for name, t in layer.format.quantize(weight).items()}
             for name, value in stored.items():
                 if name in layer._parameters:
                     layer._parameters[name] = nn.Parameter(value, requires_grad=False)
@@ -114,7 +118,9 @@ class QuantLinear(nn.Module):
         linear = nn.Linear(k, n, bias=False, device=torch.device("meta"), dtype=self._compute_dtype)
         with torch.inference_mode(False), torch.no_grad():
             weight = torch.empty((n, k), dtype=self._compute_dtype, device=device)
-            if not weight.is_meta:
+            if not weight.is_meta and not self.format.by_rows:
+                weight.copy_(self.format.dequantize({spec.name: getattr(self, spec.name) for spec in self.specs()}, n, k))
+            elif not weight.is_meta:
                 for begin, end in row_blocks(n, k):
                     parts = {spec.name: spec.part(getattr(self, spec.name), begin, end) for spec in self.specs()}
                     weight[begin:end] = self.format.dequantize(parts, end - begin, k)
@@ -195,7 +201,29 @@ class QuantLinear(nn.Module):
             if isinstance(given, Tensor) and given.dtype != spec.dtype:
                 error_msgs.append(f"{prefix}{spec.name} is {given.dtype}, expected {spec.dtype}; a cast would change the layer")
                 return
+        if not self._make_room(state_dict, prefix, error_msgs):
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _make_room(self, state_dict: Any, prefix: str, error_msgs: list[str]) -> bool:
+        """New empty tensors where the shapes follow from the values of the weight that is to come, once it is known to be sound."""
+        given = {spec.name: state_dict.get(prefix + spec.name) for spec in self.specs()}
+        if not any(spec.varies for spec in self.specs()) or not all(isinstance(t, Tensor) for t in given.values()):
+            return True
+        if any(not spec.varies and given[spec.name].shape != spec.shape for spec in self.specs()):
+            return True  # torch says which
+        if all(has_values(t) for t in given.values()):
+            try:
+                self.format.check_stored(given, self.out_features, self.in_features)
+            except ValueError as error:
+                error_msgs.append(f"{prefix or 'QuantLinear'}: {error}")
+                return False
+        for spec in self.specs():
+            own = self._parameters.get(spec.name)
+            if spec.varies and own is not None and own.shape != given[spec.name].shape:
+                room = torch.empty(given[spec.name].shape, dtype=spec.dtype, device=own.device)
+                self._parameters[spec.name] = nn.Parameter(room, requires_grad=False)
+        return True
 
     def get_extra_state(self) -> Tensor:
         return encode_tag(Tag(self.format, self.out_features, self.in_features, self.speedup))

@@ -188,6 +188,46 @@ def linear_xnor(
     return _float_linear("linear_xnor", 1, x, weight_packed, weight_scale, (threshold,), bias, epilogue)
 
 
+def linear_sparse(
+    x: Array,
+    weight_packed: Array,
+    weight_index: Array,
+    weight_offset: Array,
+    weight_sum: Array,
+    weight_scale: Array,
+    bias: Array | None = None,
+    epilogue: str = "none",
+) -> Array:
+    """The sparse int8 layer, [M, N] in the dtype of x; as ops.linear_sparse. The stored arrays are those of a file or of
+    ops.pack_sparse; sizes are checked, a wrong structure gives wrong numbers and no stray read."""
+    x = _floats("linear_sparse", "x", x)
+    return _kernels().linear_sparse(
+        x,
+        np.ascontiguousarray(weight_packed),
+        np.ascontiguousarray(weight_index),
+        _vector("linear_sparse", "weight_offset", weight_offset, np.int64),
+        np.require(weight_sum, requirements=["C", "A"]),
+        _vector("linear_sparse", "weight_scale", weight_scale, np.float32),
+        _vector("linear_sparse", "bias", bias, np.float32),
+        epilogue,
+    )
+
+
+def linear_sparse_float(
+    x: Array, weight_packed: Array, weight_index: Array, weight_offset: Array, bias: Array | None = None, epilogue: str = "none"
+) -> Array:
+    """The sparse float layer, [M, N] in the dtype of x; as ops.linear_sparse_float."""
+    x = _floats("linear_sparse_float", "x", x)
+    return _kernels().linear_sparse_float(
+        x,
+        np.ascontiguousarray(weight_packed),
+        np.ascontiguousarray(weight_index),
+        _vector("linear_sparse_float", "weight_offset", weight_offset, np.int64),
+        _vector("linear_sparse_float", "bias", bias, np.float32),
+        epilogue,
+    )
+
+
 def linear_static(
     x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, input_scale: float, epilogue: str = "none"
 ) -> Array:

@@ -67,7 +67,8 @@ def quantize_(
     device     where each new layer goes, right after it is made; None: where the old one was
     only_if_faster
                numbers of rows (1, or (1, 64)), or example inputs that the model is run on once: each layer is measured, float
-               against packed, and swapped where packed is faster over all its calls. What was measured stays with the layer
+               against packed (SparseInt8 also against Int8Dynamic, which gives the same bits: the faster of the two is
+               taken), and swapped where packed is faster over all its calls. What was measured stays with the layer
                (`speedup`, in its repr and in files); a layer that stays float is logged. None: no measuring.
     progress   a progress bar on stderr
 
@@ -376,11 +377,13 @@ def _faster(model: nn.Module, places: list[Place], only_if_faster: Any, progress
     choice, faster, stay = Choice(), [], []
     for place in _tracked(places, progress, "measuring layers"):
         counts = rows[id(place.layer())]
-        speedup = choice.speedup(place.layer(), place.format, counts) if counts else None
-        if speedup is None:
+        best = choice.best(place.layer(), place.format, counts) if counts else None
+        if best is None:
             stay.append(place.fqn if counts else f"{place.fqn} (never called)")
         else:
-            faster.append(dataclasses.replace(place, speedup=speedup))
+            if best[0] != place.format:
+                logger.info("tersor: %s becomes %r, which is faster here than %r", place.fqn, best[0], place.format)
+            faster.append(dataclasses.replace(place, format=best[0], speedup=best[1]))
     if stay:
         logger.info("tersor: %d layers stay float, which is as fast here: %s", len(stay), _some(stay))
     return faster

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .formats import Binary, BinaryXnor, Format, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, Ternary
+from .formats import Binary, BinaryXnor, Format, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseInt8, Ternary
 from .nn import QuantLinear, check_in_features, has_values
 from .ops.tiles import CODES
 from .swap import Config, Filter, Place, disable_fast_paths, is_finite, plan, settle, share_weight, swap_group
@@ -85,6 +85,7 @@ ESTIMATORS: dict[type[Format], Estimators] = {
     Ternary: (_mean_abs, _per_token),
     Binary: (_mean_abs, _per_token),
     BinaryXnor: (_mean_abs, _signs),
+    SparseInt8: (_absmax, _per_token),
 }
 
 

@@ -9,6 +9,8 @@ from .differentiable import (
     input_grad_differentiable,
     linear_dynamic_differentiable,
     linear_grouped_differentiable,
+    linear_sparse_differentiable,
+    linear_sparse_float_differentiable,
     linear_static_differentiable,
     linear_weight_only_differentiable,
     linear_xnor_differentiable,
@@ -18,9 +20,12 @@ from .int_matmul import int_matmul
 from .linear_glu import interleave_glu, linear_glu, linear_glu_quantize, linear_glu_s8, linear_glu_s8_quantize
 from .linear_grouped import group_scale_bytes, group_scales, linear_grouped
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
+from .linear_sparse import linear_sparse
+from .linear_sparse_float import linear_sparse_float, pack_sparse_float, sparse_float_rows
 from .linear_weight_only import linear_weight_only
 from .norm_quantize import norm_quantize
 from .quantize_rows import quantize_rows, quantize_static
+from .sparse_storage import pack_sparse, sparse_rows
 from .tiles import CODES, from_rows, pack, packed_shape, to_rows, unpack
 from .xnor import binarize_rows, linear_xnor
 
@@ -50,6 +55,10 @@ __all__ = [
     "linear_grouped",
     "linear_grouped_differentiable",
     "linear_s8",
+    "linear_sparse",
+    "linear_sparse_differentiable",
+    "linear_sparse_float",
+    "linear_sparse_float_differentiable",
     "linear_static",
     "linear_static_differentiable",
     "linear_weight_only",
@@ -58,9 +67,13 @@ __all__ = [
     "linear_xnor_differentiable",
     "norm_quantize",
     "pack",
+    "pack_sparse",
+    "pack_sparse_float",
     "packed_shape",
     "quantize_rows",
     "quantize_static",
+    "sparse_float_rows",
+    "sparse_rows",
     "to_rows",
     "unpack",
 ]

@@ -20,7 +20,10 @@ from .epilogues import EPILOGUES
 from .linear_grouped import BITS as GROUPED_BITS
 from .linear_grouped import group_scales, linear_grouped
 from .linear_int8 import linear_dynamic, linear_static
+from .linear_sparse import linear_sparse
+from .linear_sparse_float import linear_sparse_float, sparse_float_rows
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
+from .sparse_storage import sparse_rows
 from .tiles import MAX_K, TILE_N, to_rows
 from .transforms import register_autograd, route_to_twin
 from .xnor import binarize_rows, linear_xnor
@@ -131,7 +134,9 @@ def _make(raw: Op, doc: str) -> Op:
             before = raw(*(kept[name] for name in names), "none", *width).float()
             pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
             grad = pull_back(grad.float())[0].to(grad.dtype)
-        if ctx.wanted[0]:
+        if ctx.wanted[0] and "weight_offset" in kept:
+            grads["x"] = _sparse_input_grad(grad, kept, ctx.in_features)
+        elif ctx.wanted[0]:
             stored = (kept["weight_packed"], kept["weight_scale"], ctx.in_features, kept.get("group_scale"), ctx.bits)
             grads["x"] = input_grad(grad, *stored)
             if through_signs:
@@ -143,7 +148,17 @@ def _make(raw: Op, doc: str) -> Op:
     return _make_twin(raw, doc, setup, backward, autocast=True)
 
 
-_FOR_INPUT_GRAD = ("weight_packed", "weight_scale", "group_scale")
+_FOR_INPUT_GRAD = ("weight_packed", "weight_scale", "group_scale", "weight_index", "weight_offset", "weight_sum")
+
+
+def _sparse_input_grad(grad: Tensor, kept: dict[str, Tensor], in_features: int) -> Tensor:
+    """grad [..., N] times the stored weights, float32 sums. Plain torch, so that it can be differentiated again."""
+    stored = (kept["weight_packed"], kept["weight_index"], kept["weight_offset"])
+    with torch.autocast(grad.device.type, enabled=False):
+        if "weight_scale" not in kept:
+            return (grad.float() @ sparse_float_rows(*stored, in_features)).to(grad.dtype)
+        rows = sparse_rows(*stored, kept["weight_scale"].shape[0], in_features)
+        return ((grad.float() * kept["weight_scale"]) @ rows.float()).to(grad.dtype)
 
 
 def _through_signs(grad: Tensor, x: Tensor, threshold: Tensor) -> Tensor:
@@ -157,7 +172,7 @@ def _through_signs(grad: Tensor, x: Tensor, threshold: Tensor) -> Tensor:
 def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     given = {"group_scale": None, "bits": 8} | dict(zip(input_grad.arguments, inputs, strict=False))
     ctx.in_features, ctx.bits = given["in_features"], given["bits"]
-    ctx.save_for_backward(*(given[name] for name in _FOR_INPUT_GRAD))
+    ctx.save_for_backward(given["weight_packed"], given["weight_scale"], given["group_scale"])
 
 
 def _backward_of_input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,6 +191,8 @@ linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with g
 linear_static_differentiable = _make(linear_static, "ops.linear_static with gradients for x, bias and residual.")
 linear_grouped_differentiable = _make(linear_grouped, "ops.linear_grouped with gradients for x, bias and residual.")
 linear_xnor_differentiable = _make(linear_xnor, "ops.linear_xnor with gradients for x, bias and residual.")
+linear_sparse_differentiable = _make(linear_sparse, "ops.linear_sparse with gradients for x and bias.")
+linear_sparse_float_differentiable = _make(linear_sparse_float, "ops.linear_sparse_float with gradients for x and bias.")
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
 input_grad_differentiable = _make_twin(
     input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False

@@ -1,0 +1,82 @@
+"""Linear layer on sparse int8 weights with int8 activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import int_matmul as _int_matmul
+from ._register import op
+from .checks import FLOATS, as_rows, check_device, check_tensors, check_x
+from .epilogues import check_epilogue
+from .linear_int8 import finish
+from .quantize_rows import quantize_rows
+from .sparse_storage import check_shapes, sparse_rows
+
+
+def _check(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_index: Tensor,
+    weight_offset: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+) -> Tensor:
+    function = "linear_sparse"
+    k = check_x(function, x)
+    stored = {
+        "weight_packed": weight_packed,
+        "weight_index": weight_index,
+        "weight_offset": weight_offset,
+        "weight_sum": weight_sum,
+        "weight_scale": weight_scale,
+    }
+    check_tensors(function, **stored)
+    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
+        raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
+    n = weight_scale.shape[0]
+    check_device(function, x, **stored, bias=bias)
+    check_shapes(function, weight_packed, weight_index, weight_offset, weight_sum, n, k)
+    if bias is not None:
+        check_tensors(function, bias=bias)
+        if bias.dtype not in FLOATS or tuple(bias.shape) != (n,):
+            raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
+    check_epilogue(function, epilogue)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@op(
+    "(Tensor x, Tensor weight_packed, Tensor weight_index, Tensor weight_offset, Tensor weight_sum, Tensor weight_scale, "
+    "Tensor? bias, str epilogue='none') -> Tensor",
+    check=_check,
+    kernels=("quantize_x", "spmm_s8"),
+    autocast=True,
+)
+def linear_sparse(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_index: Tensor,
+    weight_offset: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+) -> Tensor:
+    """Sparse int8 linear layer with dynamic int8 activations: the bits of linear_dynamic on the same weight.
+
+    x              float32 / bfloat16 / float16 [..., K], any strides
+    weight_packed, weight_index, weight_offset, weight_sum   as pack_sparse gives them, see ops/sparse_storage.py
+    weight_scale   float32 [N]
+    bias           float [N] or None
+    returns        dtype of x, [..., N]
+
+    The structure is checked where a file is read, not here: a wrong one gives wrong numbers, never a read outside the tensors.
+    Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias as those of linear_dynamic.
+    """
+    _check(x, weight_packed, weight_index, weight_offset, weight_sum, weight_scale, bias, epilogue)
+    q, scale, _ = quantize_rows.reference(x)
+    n, k = weight_scale.shape[0], x.shape[-1]
+    acc = _int_matmul.int_matmul(as_rows(q), sparse_rows(weight_packed, weight_index, weight_offset, n, k))
+    return finish(acc.reshape(*x.shape[:-1], n), scale, weight_scale, bias, epilogue, x.dtype)

@@ -106,7 +106,8 @@ void store_sparse_float(const FloatGemmArgs& g, float* block, int64_t rows, int6
       Isa::store(at, Isa::add(Isa::load(at), Isa::load(channels.bias + v)));
     }
   }
-  finish_block(block, static_cast<int>(rows), kTileN, columns, g.activation, g.y, g.y_dtype, g.ldy, m * g.ldy + n);
+  finish_block(block, static_cast<int>(rows), kTileN, columns, g.activation,
+               {element(g.y, g.y_dtype, m * g.ldy + n), g.y_dtype, g.ldy, nullptr, 0});
 }
 
 template <int kVecs>

@@ -191,7 +191,7 @@ def test_fused_ops_have_the_same_bits_as_torch(case: Case):
     else:
         for call in (tn.linear_glu, tn.linear_glu_quantize):
             with pytest.raises(ValueError, match=f"weight_scale has {case.n} channels, expected a multiple of 32"):
-                call(xn, *stored)
+                call(xn, *stored, "silu", bits)
     for wrong in (residual.numpy()[:1], residual.double().numpy()):
         with pytest.raises(ValueError, match=r"linear_dynamic: residual is float.*, expected float"):
             tn.linear_dynamic(xn, *stored, "none", bits, wrong)

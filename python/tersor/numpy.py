@@ -189,8 +189,10 @@ def norm_quantize(
     eps: float = 1e-5,
     kind: str = "layer",
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """(q int8 [M, K], scale float32 [M], row_sum int32 [M], s, y in the dtype of x) of s = x + residual and its layer or RMS norm y,
-    x float32 / float16 [M, K], weight and bias float32 [K]; as ops.norm_quantize."""
+    """(q int8 [M, K], scale float32 [M], row_sum int32 [M], s, y in the dtype of x): s = x + residual, y its norm, and y as int8 rows.
+
+    x float32 / float16 [M, K], weight and bias float32 [K], kind "layer" or "rms"; as ops.norm_quantize.
+    """
     x = np.ascontiguousarray(_floats("norm_quantize", "x", x))
     vectors = (_vector("norm_quantize", name, v, np.float32) for name, v in (("weight", weight), ("bias", bias)))
     return _kernels().norm_quantize(x, _residual("norm_quantize", residual, x.dtype, x.shape), *vectors, float(eps), kind)

@@ -189,7 +189,7 @@ def norm_quantize(
     eps: float = 1e-5,
     kind: str = "layer",
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """(q int8 [M, K], scale float32 [M], row_sum int32 [M], s, y in the dtype of x): s = x + residual, y its norm, and y as int8 rows.
+    """(q int8 [M, K], scale float32 [M], row_sum int32 [M], s, y in the dtype of x): s = x + residual, y its norm; q is y as rows.
 
     x float32 / float16 [M, K], weight and bias float32 [K], kind "layer" or "rms"; as ops.norm_quantize.
     """

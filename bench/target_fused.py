@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 
 import torch
+from target_few_bits import OF_POSSIBLE
+from target_int8 import machine
 from torch import Tensor, nn
 
 import tersor
@@ -74,6 +76,22 @@ def qkv(m: int, k: int = 768) -> dict[str, Timing]:
 
 def times_three_calls(m: int) -> float:
     return qkv(m)["three"].best / qkv(m)["one"].best
+
+
+ASKED_OF_QKV = 1.2
+
+
+def possible(m: int, k: int = 768) -> float:
+    """Times three calls at most: the multiply-adds alone, at the int8 limit of this machine."""
+    return qkv(m)["three"].best / (m * k * 3 * k / (machine().limits[0].int8 * 1e9))
+
+
+def three_calls_bound(m: int) -> float:
+    return min(ASKED_OF_QKV, OF_POSSIBLE * possible(m))
+
+
+def three_calls_note(m: int) -> str:
+    return f"asked: {ASKED_OF_QKV}, without anything but multiply-adds at the limit it would be {possible(m):.2f}"
 
 
 @functools.cache

@@ -44,6 +44,15 @@ def arguments(name: str, lead: tuple[int, ...]) -> tuple[list[Tensor], list]:
         return [q, row_sum], [tiles, N]
     if name == "linear_s8":
         return [q, x_scale, row_sum], [tiles, scale, bias, "relu", torch.bfloat16]
+    if name == "norm_quantize":
+        return [x, torch.randn(*lead, K)], [torch.randn(K), None, 1e-5, "rms", True, True]
+    if name.startswith("linear_glu"):
+        _, tiles, scale, bias = Case(1, 64, K).make()
+        return (
+            ([q, x_scale, row_sum], [tiles, scale, bias, "relu", torch.float16])
+            if "s8" in name
+            else ([x], [tiles, scale, bias, "relu"])
+        )
     if name.startswith("input_grad"):
         return [torch.randn(*lead, N)], [tiles, scale, K]
     if name == "quantize_static":

@@ -94,6 +94,14 @@ def test_arguments_that_are_no_dense_tensors():
     good["linear_xnor"] = {"x": x, "weight_packed": tiles, "weight_scale": scale, "threshold": threshold, "bias": bias}
     x, tiles, scale, groups, bias = GroupedCase(3, N, 64).make_grouped()
     good["linear_grouped"] = {"x": x, "weight_packed": tiles, "weight_scale": scale, "group_scale": groups, "bias": bias}
+    good["norm_quantize"] = {"x": x, "residual": x, "weight": torch.ones(64), "bias": torch.ones(64), "eps": 1e-5, "kind": "layer"}
+    good["norm_quantize"] |= {"want_sum": False, "want_y": False}
+    x, tiles, scale, bias = Case(3, 32, K).make()
+    stored = {"weight_packed": tiles, "weight_scale": scale, "bias": bias, "activation": "silu"}
+    for name in ("linear_glu", "linear_glu_quantize"):
+        good[name] = {"x": x} | stored
+    for name in ("linear_glu_s8", "linear_glu_s8_quantize"):
+        good[name] = {"q": q, "scale": x_scale, "row_sum": row_sum} | stored | {"dtype": torch.float32}
     assert good.keys() == {name for name in ops.OPS if not name.endswith("_differentiable")}
     for name, arguments in good.items():
         ops.OPS[name](**arguments)
@@ -102,7 +110,7 @@ def test_arguments_that_are_no_dense_tensors():
                 continue
             with pytest.raises(TypeError, match=f"{name}: {argument} is torch.sparse_coo, expected a dense tensor"):
                 ops.OPS[name](**arguments | {argument: value.to_sparse()})
-            if argument not in ("bias", "absmax"):
+            if argument not in ("bias", "absmax", "residual") and (name, argument) != ("norm_quantize", "weight"):
                 with pytest.raises(TypeError, match=f"{name}: {argument} is NoneType, expected a Tensor"):
                     ops.OPS[name](**arguments | {argument: None})
             for wrong in ("tiles", 3, [value]):  # torch names the argument

@@ -36,6 +36,12 @@ def arguments(name: str, layer) -> tuple:
         return (q, row_sum, tiles, 37)
     if name == "linear_s8":
         return (q, x_scale, row_sum, tiles, scale, bias, "gelu", torch.bfloat16)
+    if name == "norm_quantize":
+        return (x, torch.randn(5, 70), torch.randn(70), torch.randn(70), 1e-5, "layer", True, True)
+    if name.startswith("linear_glu"):
+        x, tiles, scale, bias = Case(5, 64, 70).make()
+        rows = (*ops.quantize_rows(x),) if "s8" in name else (x,)
+        return (*rows, tiles, scale, bias, "silu", *((torch.float16,) if "s8" in name else ()))
     if name == "input_grad":
         return (torch.randn(5, 37), tiles, scale, 70)
     if name == "input_grad_differentiable":

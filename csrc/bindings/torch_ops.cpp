@@ -206,6 +206,30 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   return Tensor(made);
 }
 
+// What is added to y [..., N]: a tensor of its sizes and dtype; null where none is given. *stride: of its rows, which are
+// contiguous.
+const void* residual_of(const char* function, const OptionalTensor& residual, const std::vector<int64_t>& sizes, ScalarType type,
+                        int64_t* stride, Keep* keep) {
+  if (!residual) return nullptr;
+  check_plain(function, "residual", *residual);
+  const auto have = residual->sizes();
+  bool same = residual->scalar_type() == type && have.size() == sizes.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = have[i] == sizes[i];
+  if (!same) {
+    std::ostringstream text;
+    for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+    fail(function, "residual must be ", torch::headeronly::toString(type), " [", text.str(), "], as the result");
+  }
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  const bool in_rows = sizes.back() <= 1 || residual->stride(dim - 1) == 1;
+  if (in_rows && !misaligned(*residual) && collapse(dim, sizes.data(), residual->strides().data(), stride)) {
+    return residual->const_data_ptr();
+  }
+  keep->push_back(torch::stable::contiguous(misaligned(*residual) ? torch::stable::clone(*residual) : *residual));
+  *stride = sizes.back();
+  return keep->back().const_data_ptr();
+}
+
 using Quantized = std::tuple<Tensor, Tensor, Tensor>;  // q, scale, row_sum
 
 Quantized quantize(const char* name, const XRows& r, const float* absmax, const float* input_scale) {
@@ -257,37 +281,42 @@ Binarized binarize_rows(Tensor x, Tensor threshold) {
 using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
                                      const tersor::Output&);
 
-Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, const Stored& stored) {
+Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, const Stored& stored,
+                    const OptionalTensor& residual = std::nullopt) {
   const auto& table = tersor::table_or_throw();
   XRows r = rows_of(name, x);
   Keep keep;
   const tersor::LinearWeights w = weights_of(name, stored, r.K, &keep);
   r.out_sizes.back() = w.N;
+  tersor::Output out{nullptr, r.rows.dtype};
+  out.residual = residual_of(name, residual, r.out_sizes, x.scalar_type(), &out.residual_stride, &keep);
   Tensor y = empty(r.out_sizes, x.scalar_type());
-  tersor::check_memory(name, driver(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
+  out.y = y.mutable_data_ptr();
+  tersor::check_memory(name, driver(table, r.M, r.rows, w, out));
   return y;
 }
 
-Tensor linear_dynamic(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue,
-                      int64_t bits) {
-  return float_linear("linear_dynamic", tersor::linear_dynamic, x, {weight_packed, weight_scale, bias, epilogue, bits});
+Tensor linear_dynamic(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue, int64_t bits,
+                      OptionalTensor residual) {
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, {weight_packed, weight_scale, bias, epilogue, bits}, residual);
 }
 
 Tensor linear_static(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, Tensor input_scale,
-                     std::string epilogue) {
-  return float_linear("linear_static", tersor::linear_dynamic, x, {weight_packed, weight_scale, bias, epilogue, 8, &input_scale});
+                     std::string epilogue, OptionalTensor residual) {
+  return float_linear("linear_static", tersor::linear_dynamic, x, {weight_packed, weight_scale, bias, epilogue, 8, &input_scale},
+                      residual);
 }
 
 Tensor linear_grouped(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor group_scale, OptionalTensor bias,
-                      std::string epilogue) {
+                      std::string epilogue, OptionalTensor residual) {
   return float_linear("linear_grouped", tersor::linear_dynamic, x,
-                      {weight_packed, weight_scale, bias, epilogue, 4, nullptr, &group_scale});
+                      {weight_packed, weight_scale, bias, epilogue, 4, nullptr, &group_scale}, residual);
 }
 
-Tensor linear_xnor(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor threshold, OptionalTensor bias,
-                   std::string epilogue) {
+Tensor linear_xnor(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor threshold, OptionalTensor bias, std::string epilogue,
+                   OptionalTensor residual) {
   return float_linear("linear_xnor", tersor::linear_xnor, x,
-                      {weight_packed, weight_scale, bias, epilogue, 1, nullptr, nullptr, &threshold});
+                      {weight_packed, weight_scale, bias, epilogue, 1, nullptr, nullptr, &threshold}, residual);
 }
 
 Tensor linear_weight_only(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
@@ -338,7 +367,7 @@ Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_fe
 }
 
 Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias,
-                 std::string epilogue, ScalarType out_dtype, int64_t bits) {
+                 std::string epilogue, ScalarType out_dtype, int64_t bits, OptionalTensor residual) {
   constexpr const char* kName = "linear_s8";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
@@ -349,8 +378,11 @@ Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, T
   const Dtype dtype = float_dtype(kName, "out_dtype", out_dtype);
   const tersor::LinearWeights w = weights_of(kName, {weight_packed, weight_scale, bias, epilogue, bits}, K, &keep);
   sizes.back() = w.N;
+  tersor::Output out{nullptr, dtype};
+  out.residual = residual_of(kName, residual, sizes, out_dtype, &out.residual_stride, &keep);
   Tensor y = empty(sizes, out_dtype);
-  tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {y.mutable_data_ptr(), dtype}));
+  out.y = y.mutable_data_ptr();
+  tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, out));
   return y;
 }
 

@@ -81,7 +81,7 @@ struct BinarizeArgs {
 };
 
 // acc[m][n] = sum_k q[m][k] * w[n][k], computed from the codes with row_sum modulo 2^32, then
-// y = act(((f32(acc) * scale[m]) * weight_scale[n]) + bias[n]) rounded to y_dtype; Dtype::s32 stores acc itself.
+// y = act(((f32(acc) * scale[m]) * weight_scale[n]) + bias[n]) + residual[m][n] rounded to y_dtype; Dtype::s32 stores acc itself.
 // Groups: f32(acc) is sum_g f32(acc_g) * group_scale[n][g] with the exact sum of each group, class F; no Dtype::s32.
 // xnor: q holds rows of bits (BinarizeArgs), acc[m][n] = K - 2 * (bits that differ).
 struct GemmArgs {
@@ -99,7 +99,9 @@ struct GemmArgs {
   int64_t ldy;            // elements
   bool stream_y = false;  // f32 stores go past the caches; y and its rows are aligned to 64 bytes
   const uint8_t* group_scale = nullptr;
-  int64_t group_size = 0;  // a multiple of kGroupUnit that divides K
+  int64_t group_size = 0;          // a multiple of kGroupUnit that divides K
+  const void* residual = nullptr;  // [M][ldr], y_dtype; null: nothing is added
+  int64_t ldr = 0;                 // elements
 };
 
 // y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class

@@ -178,7 +178,9 @@ GemmArgs gemm_args(const LinearWeights& w, const int8_t* q, int64_t ldq, const f
           w.N,
           stream,
           w.group_scale,
-          w.group_size};
+          w.group_size,
+          out.residual ? static_cast<const char*>(out.residual) + m * out.residual_stride * dtype_bytes(out.dtype) : nullptr,
+          out.residual_stride};
 }
 
 // The kernel of a layer's width.

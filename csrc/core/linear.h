@@ -23,6 +23,8 @@ struct LinearWeights {
 struct Output {
   void* y;  // [M][N] contiguous
   Dtype dtype;
+  const void* residual = nullptr;  // [M][N] of the same dtype, added before rounding; null: nothing
+  int64_t residual_stride = 0;     // of its rows, elements
 };
 
 // Rows of any strides: element (m, k) is at x + (m * stride_m + k * stride_k) elements.

@@ -107,21 +107,46 @@ inline void activate(Activation activation, float* block, int64_t count) {
   }
 }
 
+// The last, incomplete vector of a row, padded with zeros.
+inline Vf load_tail(const void* x, Dtype dtype, int64_t k, int64_t K) {
+  alignas(64) char padded[Isa::kLanes * 4] = {};
+  const int64_t bytes = dtype_bytes(dtype);
+  __builtin_memcpy(padded, static_cast<const char*>(x) + k * bytes, static_cast<size_t>((K - k) * bytes));
+  return load_as(padded, dtype, 0);
+}
+
+inline const char* element(const void* x, Dtype dtype, int64_t i) { return static_cast<const char*>(x) + i * dtype_bytes(dtype); }
+inline char* element(void* x, Dtype dtype, int64_t i) { return static_cast<char*>(x) + i * dtype_bytes(dtype); }
+
+// Where a register block goes, and what is added to it on the way.
+struct Destination {
+  void* y;  // first element of the block
+  Dtype dtype;
+  int64_t ldy;
+  const void* residual;  // first element, of the same dtype; null: nothing
+  int64_t ldr;
+};
+
 // A finished register block on its way out: rows x (tiles * 16) values in f32 or s32 bits, ld floats apart.
-// Slow path of a store: activation, dtype, and the columns of the last tile that do not exist.
-[[gnu::noinline]] void finish_block(float* block, int rows, int64_t width, int64_t columns, Activation act, void* y, Dtype dtype,
-                                    int64_t ldy, int64_t offset) {
-  if (dtype != Dtype::s32) activate(act, block, rows * width);
+// Slow path of a store: activation, residual, dtype, and the columns of the last tile that do not exist.
+[[gnu::noinline]] void finish_block(float* block, int rows, int64_t width, int64_t columns, Activation act, const Destination& to) {
+  if (to.dtype != Dtype::s32) activate(act, block, rows * width);
   const int64_t whole = columns / Isa::kLanes * Isa::kLanes;
   for (int m = 0; m < rows; ++m) {
     const float* row = block + m * width;
-    const int64_t at = offset + m * ldy;
-    for (int64_t n = 0; n < whole; n += Isa::kLanes) store_as(y, dtype, at + n, Isa::load(row + n));
+    const char* residual = to.residual ? element(to.residual, to.dtype, m * to.ldr) : nullptr;
+    for (int64_t n = 0; n < whole; n += Isa::kLanes) {
+      Vf v = Isa::load(row + n);
+      if (residual) v = Isa::add(v, load_as(residual, to.dtype, n));
+      store_as(to.y, to.dtype, m * to.ldy + n, v);
+    }
     if (whole < columns) {
+      Vf v = Isa::load(row + whole);
+      if (residual) v = Isa::add(v, load_tail(residual, to.dtype, whole, columns));
       alignas(64) char last[Isa::kLanes * 4];  // a value of any dtype in each lane
-      store_as(last, dtype, 0, Isa::load(row + whole));
-      const int64_t bytes = dtype_bytes(dtype);
-      __builtin_memcpy(static_cast<char*>(y) + (at + whole) * bytes, last, static_cast<size_t>((columns - whole) * bytes));
+      store_as(last, to.dtype, 0, v);
+      __builtin_memcpy(element(to.y, to.dtype, m * to.ldy + whole), last,
+                       static_cast<size_t>((columns - whole) * dtype_bytes(to.dtype)));
     }
   }
 }

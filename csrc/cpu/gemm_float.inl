@@ -26,7 +26,7 @@ void store_float_block(const FloatGemmArgs& g, float* sum, int rows, int64_t wid
       Isa::store(sum + i * width + v, f);
     }
   }
-  finish_block(sum, rows, width, columns, g.activation, g.y, g.y_dtype, g.ldy, m * g.ldy + n);
+  finish_block(sum, rows, width, columns, g.activation, {element(g.y, g.y_dtype, m * g.ldy + n), g.y_dtype, g.ldy, nullptr, 0});
 }
 
 // Few rows: expand a tile in registers, use it kRows times. K past a multiple of 4 meets x = 0 through a padded copy of the row's

@@ -37,7 +37,8 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
   constexpr int64_t kWidth = kTiles * kTileN;
   const GemmArgs& g = *b.gemm;
   const int64_t columns = b.n + kWidth <= g.N ? kWidth : g.N - b.n;
-  const int64_t offset = b.m * g.ldy + b.n;
+  const Destination to{element(g.y, g.y_dtype, b.m * g.ldy + b.n), g.y_dtype, g.ldy,
+                       g.residual ? element(g.residual, g.y_dtype, b.m * g.ldr + b.n) : nullptr, g.ldr};
   alignas(64) float block[kRows * kWidth];
 
   if constexpr (!kIsFloat<Sum>) {
@@ -47,7 +48,7 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
 #pragma GCC unroll 16
         for (int v = 0; v < kTiles * kTileVecs; ++v) Isa::store_i(block + m * kWidth + v * Isa::kLanes, sum[m][v]);
       }
-      finish_block(block, kRows, kWidth, columns, Activation::none, g.y, g.y_dtype, g.ldy, offset);
+      finish_block(block, kRows, kWidth, columns, Activation::none, to);
       return;
     }
   }
@@ -56,7 +57,8 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
   const bool direct =
       g.y_dtype == Dtype::f32 && columns == kWidth && (g.activation == Activation::none || g.activation == Activation::relu);
   const bool relu = direct && g.activation == Activation::relu;
-  float* y = direct ? static_cast<float*>(g.y) + offset : block;
+  const float* residual = direct ? static_cast<const float*>(to.residual) : nullptr;
+  float* y = direct ? static_cast<float*>(to.y) : block;
   const int64_t ldy = direct ? g.ldy : kWidth;
   auto finish = [&](auto put) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -68,6 +70,7 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
         f = Isa::mul(f, Isa::load(channels.scale + v * Isa::kLanes));
         if (channels.bias) f = Isa::add(f, Isa::load(channels.bias + v * Isa::kLanes));
         if (relu) f = activation::relu::apply(f);
+        if (residual) f = Isa::add(f, Isa::load(residual + m * g.ldr + v * Isa::kLanes));
         put(y + m * ldy + v * Isa::kLanes, f);
       }
     }
@@ -77,7 +80,7 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
   } else {
     finish([](float* p, Vf v) { Isa::store(p, v); });
   }
-  if (!direct) finish_block(block, kRows, kWidth, columns, g.activation, g.y, g.y_dtype, g.ldy, offset);
+  if (!direct) finish_block(block, kRows, kWidth, columns, g.activation, to);
 }
 
 template <int kSets, int kRows, int kVecs>

@@ -47,10 +47,11 @@ def info() -> Info:
     for name, op in ops.OPS.items():
         if not op.kernels:
             served[name] = "plain torch on every device"
-        elif kernels:
+        elif kernels and all(entry in kernels for entry in op.kernels):
             served[name] = ", ".join(f"{entry}: {kernels[entry]}" for entry in op.kernels)
         else:
-            served[name] = "reference (no native kernels)"
+            absent = ", ".join(entry for entry in op.kernels if entry not in kernels)
+            served[name] = f"reference (this build has no kernel: {absent})" if kernels else "reference (no native kernels)"
     return Info(
         version=__version__,
         torch=torch.__version__,

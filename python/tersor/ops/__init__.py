@@ -15,9 +15,11 @@ from .differentiable import (
 )
 from .epilogues import EPILOGUES
 from .int_matmul import int_matmul
+from .linear_glu import interleave_glu, linear_glu, linear_glu_quantize, linear_glu_s8, linear_glu_s8_quantize
 from .linear_grouped import group_scale_bytes, group_scales, linear_grouped
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
 from .linear_weight_only import linear_weight_only
+from .norm_quantize import norm_quantize
 from .quantize_rows import quantize_rows, quantize_static
 from .tiles import CODES, from_rows, pack, packed_shape, to_rows, unpack
 from .xnor import binarize_rows, linear_xnor
@@ -37,9 +39,14 @@ __all__ = [
     "input_grad",
     "input_grad_differentiable",
     "int_matmul",
+    "interleave_glu",
     "linear_acc",
     "linear_dynamic",
     "linear_dynamic_differentiable",
+    "linear_glu",
+    "linear_glu_quantize",
+    "linear_glu_s8",
+    "linear_glu_s8_quantize",
     "linear_grouped",
     "linear_grouped_differentiable",
     "linear_s8",
@@ -49,6 +56,7 @@ __all__ = [
     "linear_weight_only_differentiable",
     "linear_xnor",
     "linear_xnor_differentiable",
+    "norm_quantize",
     "pack",
     "packed_shape",
     "quantize_rows",

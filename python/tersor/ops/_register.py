@@ -32,8 +32,10 @@ class Op:
     kernels    entries of the native kernel table that serve it on a CPU; none: plain torch everywhere
     reference  the plain-torch definition; the oracle of the tests
     check      the shape rule: raises ValueError / TypeError on bad input, returns empty outputs
-    rows       how many of the first arguments have leading dims, one entry for each row; vmap over these is one call, 0: none
+    rows       how many of the first arguments have leading dims, one entry for each row; vmap over these (and over `residual`) is
+               one call, 0: none
     arguments  names of the arguments
+    inference  there is no gradient: a call that would need one is refused
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Op:
         kernels: tuple[str, ...],
         autocast: bool,
         rows: int,
+        inference: bool,
     ) -> None:
         self.name = name
         self.public_name = name.removesuffix(TWIN)  # in messages
@@ -53,6 +56,7 @@ class Op:
         self.check = check
         self.kernels = kernels
         self.rows = rows
+        self.inference = inference
         self.twin: Op | None = None
         functools.update_wrapper(self, reference)
         library.define(name + schema)
@@ -64,6 +68,7 @@ class Op:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", functools.partial(vmap_rule, self), lib=library)
         self.raw = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.arguments = tuple(argument.name for argument in self.raw._schema.arguments)
+        self.row_arguments = {*range(rows), *(i for i, name in enumerate(self.arguments) if name == "residual")}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raw = self.raw
@@ -74,6 +79,8 @@ class Op:
             elif is_grad_enabled() and any(a.requires_grad if isinstance(a, Tensor) else isinstance(a, Proxy) for a in args):
                 # What a torch.fx Proxy stands for may require a gradient.
                 raw = self._with_gradients()
+        elif self.inference and is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"{self.name}: there are no gradients of this op; call it under torch.no_grad()")
         try:
             return raw(*args, **kwargs)
         except (RuntimeError, ValueError, TypeError):
@@ -116,15 +123,20 @@ def op_by_name(name: str) -> Op:
 
 
 def op(
-    schema: str, check: Callable[..., Any], kernels: tuple[str, ...] = (), autocast: bool = False, rows: int = 1
+    schema: str,
+    check: Callable[..., Any],
+    kernels: tuple[str, ...] = (),
+    autocast: bool = False,
+    rows: int = 1,
+    inference: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: `schema` is the part after the name, as in torch.library; `check` is the shape rule; `autocast` says that the
     first argument and the result are activations, so that the result takes the autocast dtype; `rows` is how many of the first
-    arguments have leading dims (see Op)."""
+    arguments have leading dims, `inference` that there is no gradient (see Op)."""
 
     def define(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
-        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows)
+        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows, inference)
         return OPS[name]
 
     return define

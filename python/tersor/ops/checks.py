@@ -97,6 +97,17 @@ def check_linear(
     return x.new_empty((*x.shape[:-1], n))
 
 
+def check_residual(function: str, residual: Tensor | None, y: Tensor) -> None:
+    """What is added to y has its shape, dtype and device."""
+    if residual is None:
+        return
+    check_tensors(function, residual=residual)
+    if residual.dtype != y.dtype or residual.shape != y.shape:
+        raise ValueError(f"{function}: residual is {residual.dtype} {list(residual.shape)}, expected {y.dtype} {list(y.shape)}")
+    if residual.device != y.device:
+        raise ValueError(f"{function}: residual is on {residual.device}, x on {y.device}; move both to one device")
+
+
 def check_per_row(function: str, name: str, t: Tensor, dtype: torch.dtype, lead: torch.Size) -> None:
     if t.dtype != dtype or t.shape != lead:
         raise ValueError(f"{function}: {name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(lead)}, one for each row")

@@ -100,7 +100,7 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
 
 
 def _make(raw: Op, doc: str) -> Op:
-    """The twin of a linear layer, with gradients for x and bias."""
+    """The twin of a linear layer, with gradients for x, bias and residual."""
     # x and the stored tensors come first, then the epilogue, then plain numbers
     names = raw.arguments[: raw.arguments.index("epilogue")]
     through_signs = "threshold" in names
@@ -122,13 +122,15 @@ def _make(raw: Op, doc: str) -> Op:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        grads: dict[str, Tensor] = {}
+        if "residual" in [name for name, wanted in zip(raw.arguments, ctx.wanted, strict=False) if wanted]:
+            grads["residual"] = grad
         if ctx.epilogue != "none":
             # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
             width = (ctx.bits,) if "bits" in raw.arguments else ()
             before = raw(*(kept[name] for name in names), "none", *width).float()
             pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
             grad = pull_back(grad.float())[0].to(grad.dtype)
-        grads: dict[str, Tensor] = {}
         if ctx.wanted[0]:
             stored = (kept["weight_packed"], kept["weight_scale"], ctx.in_features, kept.get("group_scale"), ctx.bits)
             grads["x"] = input_grad(grad, *stored)
@@ -170,10 +172,10 @@ def _backward_of_input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return out, *[None] * 5
 
 
-linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x and bias.")
-linear_static_differentiable = _make(linear_static, "ops.linear_static with gradients for x and bias.")
-linear_grouped_differentiable = _make(linear_grouped, "ops.linear_grouped with gradients for x and bias.")
-linear_xnor_differentiable = _make(linear_xnor, "ops.linear_xnor with gradients for x and bias.")
+linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x, bias and residual.")
+linear_static_differentiable = _make(linear_static, "ops.linear_static with gradients for x, bias and residual.")
+linear_grouped_differentiable = _make(linear_grouped, "ops.linear_grouped with gradients for x, bias and residual.")
+linear_xnor_differentiable = _make(linear_xnor, "ops.linear_xnor with gradients for x, bias and residual.")
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
 input_grad_differentiable = _make_twin(
     input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False

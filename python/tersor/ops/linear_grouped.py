@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import as_rows, check_group_scale, check_linear
-from .epilogues import EPILOGUES
+from .checks import as_rows, check_group_scale, check_linear, check_residual
+from .linear_int8 import finish
 from .quantize_rows import quantize_rows
 from .tiles import TILE_N, ceil_div, to_rows
 
@@ -32,21 +32,35 @@ def group_scale_bytes(scales: Tensor) -> Tensor:
 
 
 def _check(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     y = check_linear("linear_grouped", x, weight_packed, weight_scale, bias, epilogue, BITS, group_scale=group_scale)
     check_group_scale("linear_grouped", group_scale, y.shape[-1], x.shape[-1])
+    check_residual("linear_grouped", residual, y)
     return y
 
 
 @op(
-    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor group_scale, Tensor? bias, str epilogue='none') -> Tensor",
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor group_scale, Tensor? bias, str epilogue='none', "
+    "Tensor? residual=None) -> Tensor",
     check=_check,
     kernels=("quantize_x", "gemm_w4_grouped"),
     autocast=True,
 )
 def linear_grouped(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_scale: Tensor, bias: Tensor | None, epilogue: str = "none"
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Int4 linear layer with group scales and dynamic int8 activations.
 
@@ -57,19 +71,17 @@ def linear_grouped(
     weight_scale   float32 [N]
     group_scale    uint8 [ceil(N/16), G, 32]: bytes of float16 [ceil(N/16), G, 16], times the channel's; K / G is a multiple of 32
     bias           float [N] or None
+    residual       dtype of x, [..., N]: added after the activation, in float32; or None
     returns        dtype of x, [..., N]
 
     acc_g is the exact int32 sum over a group; the float32 sum over groups ascends (class F of docs/numerics.md). Raises
     ValueError / TypeError where sizes or dtypes do not fit.
     """
-    _check(x, weight_packed, weight_scale, group_scale, bias, epilogue)
+    _check(x, weight_packed, weight_scale, group_scale, bias, epilogue, residual)
     n, k = weight_scale.shape[0], x.shape[-1]
     q, scale, _ = quantize_rows.reference(x)
     total = sum_of_groups(as_rows(q), to_rows(weight_packed, n, k, BITS), group_scales(group_scale, n))
-    y = total.reshape(*x.shape[:-1], n) * scale.unsqueeze(-1) * weight_scale
-    if bias is not None:
-        y = y + bias.float()
-    return EPILOGUES[epilogue](y).to(x.dtype)
+    return finish(total.reshape(*x.shape[:-1], n), scale, weight_scale, bias, epilogue, x.dtype, residual)
 
 
 def sum_of_groups(q: Tensor, w: Tensor, scales: Tensor) -> Tensor:

@@ -7,13 +7,23 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import FLOATS, as_rows, check_device, check_last_dim, check_linear, check_per_row, check_tensors, check_weights
+from .checks import (
+    FLOATS,
+    as_rows,
+    check_device,
+    check_last_dim,
+    check_linear,
+    check_per_row,
+    check_residual,
+    check_tensors,
+    check_weights,
+)
 from .epilogues import EPILOGUES
 from .quantize_rows import check_input_scale, quantize_rows, quantize_static
 from .tiles import check_tiles, to_rows
 
 
-def _check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
+def check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
     check_tensors(function, q=q, row_sum=row_sum)
     if q.dtype != torch.int8:
         raise TypeError(f"{function}: q is {q.dtype}, expected torch.int8; make it with quantize_rows")
@@ -26,7 +36,7 @@ GEMM = ("gemm_w8", "gemm_w4", "gemm_w2", "gemm_w1")
 
 
 def _check_acc(q: Tensor, row_sum: Tensor, weight_packed: Tensor, out_features: int, bits: int = 8) -> Tensor:
-    k = _check_q("linear_acc", q, row_sum)
+    k = check_q("linear_acc", q, row_sum)
     check_tensors("linear_acc", weight_packed=weight_packed)
     if out_features < 0:
         raise ValueError(f"linear_acc: out_features is {out_features}, expected 0 or more")
@@ -69,20 +79,23 @@ def _check_s8(
     epilogue: str = "none",
     out_dtype: torch.dtype = torch.float32,
     bits: int = 8,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    k = _check_q("linear_s8", q, row_sum)
+    k = check_q("linear_s8", q, row_sum)
     check_tensors("linear_s8", scale=scale)
     check_per_row("linear_s8", "scale", scale, torch.float32, q.shape[:-1])
     check_device("linear_s8", q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
     n = check_weights("linear_s8", k, weight_packed, weight_scale, bias, epilogue, bits)
     if out_dtype not in FLOATS:
         raise TypeError(f"linear_s8: out_dtype is {out_dtype}, expected float32, bfloat16 or float16")
-    return q.new_empty((*q.shape[:-1], n), dtype=out_dtype)
+    y = q.new_empty((*q.shape[:-1], n), dtype=out_dtype)
+    check_residual("linear_s8", residual, y)
+    return y
 
 
 @op(
     "(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, Tensor? bias, "
-    "str epilogue='none', ScalarType out_dtype=float, int bits=8) -> Tensor",
+    "str epilogue='none', ScalarType out_dtype=float, int bits=8, Tensor? residual=None) -> Tensor",
     check=_check_s8,
     kernels=GEMM,
     rows=3,
@@ -97,6 +110,7 @@ def linear_s8(
     epilogue: str = "none",
     out_dtype: torch.dtype = torch.float32,
     bits: int = 8,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on rows that are already int8, so that several layers can share one quantisation.
 
@@ -106,37 +120,64 @@ def linear_s8(
     bias                float [N] or None
     epilogue            one of ops.EPILOGUES, applied to the float32 result
     bits                8, 4, 2 or 1: the width of a code
-    returns             out_dtype [..., N] = act(((f32(acc) * scale) * weight_scale) + bias); a row with scale NaN is NaN
+    residual            out_dtype [..., N], added after the activation, in float32; or None
+    returns             out_dtype [..., N] = act(((f32(acc) * scale) * weight_scale) + bias) + residual; a row with scale NaN is NaN
 
     Raises ValueError / TypeError where sizes or dtypes do not fit. Scheme: Jacob et al., arXiv:1712.05877, section 2.
     """
-    _check_s8(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, out_dtype, bits)
+    _check_s8(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, out_dtype, bits, residual)
     acc = linear_acc.reference(q, row_sum, weight_packed, weight_scale.shape[0], bits)
-    return finish(acc, scale, weight_scale, bias, epilogue, out_dtype)
+    return finish(acc, scale, weight_scale, bias, epilogue, out_dtype, residual)
 
 
-def finish(acc: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str, out_dtype: torch.dtype) -> Tensor:
-    """The epilogue alone, as plain torch: act(((f32(acc) * scale) * weight_scale) + bias), each step rounded to float32."""
-    y = acc.float() * scale.unsqueeze(-1) * weight_scale
+def finish(
+    total: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The epilogue alone, as plain torch: act(((total * scale) * weight_scale) + bias) + residual, each step rounded to float32."""
+    y = total.float() * scale.unsqueeze(-1) * weight_scale
     if bias is not None:
         y = y + bias.float()
-    return EPILOGUES[epilogue](y).to(out_dtype)
+    y = EPILOGUES[epilogue](y)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(out_dtype)
 
 
 def _check_dynamic(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none", bits: int = 8
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    bits: int = 8,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return check_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue, bits)
+    y = check_linear("linear_dynamic", x, weight_packed, weight_scale, bias, epilogue, bits)
+    check_residual("linear_dynamic", residual, y)
+    return y
 
 
 @op(
-    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none', int bits=8) -> Tensor",
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue='none', int bits=8, Tensor? residual=None) "
+    "-> Tensor",
     check=_check_dynamic,
     kernels=("quantize_x", *GEMM),
     autocast=True,
 )
 def linear_dynamic(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, epilogue: str = "none", bits: int = 8
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    bits: int = 8,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with dynamic int8 activations in one call: quantize_rows, integer GEMM, epilogue.
 
@@ -145,37 +186,53 @@ def linear_dynamic(
     weight_scale   float32 [N]
     bias           float [N] or None
     bits           8, 4, 2 or 1: the width of a code
+    residual       dtype of x, [..., N]: added after the activation, in float32; or None
     returns        dtype of x, [..., N]: the same bits as quantize_rows followed by linear_s8
 
-    Raises ValueError / TypeError where sizes or dtypes do not fit, or K > 132104. Gradients for x and bias (straight-through, see
-    ops/differentiable.py) where they are asked for.
+    Raises ValueError / TypeError where sizes or dtypes do not fit, or K > 132104. Gradients for x, bias and residual
+    (straight-through, see ops/differentiable.py) where they are asked for.
     """
-    _check_dynamic(x, weight_packed, weight_scale, bias, epilogue, bits)
+    _check_dynamic(x, weight_packed, weight_scale, bias, epilogue, bits, residual)
     q, scale, row_sum = quantize_rows.reference(x)
-    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype, bits)
+    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype, bits, residual)
 
 
 def _check_static(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor, epilogue: str = "none"
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     check_input_scale("linear_static", input_scale)
-    return check_linear("linear_static", x, weight_packed, weight_scale, bias, epilogue, input_scale=input_scale)
+    y = check_linear("linear_static", x, weight_packed, weight_scale, bias, epilogue, input_scale=input_scale)
+    check_residual("linear_static", residual, y)
+    return y
 
 
 @op(
-    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, Tensor input_scale, str epilogue='none') -> Tensor",
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, Tensor input_scale, str epilogue='none', "
+    "Tensor? residual=None) -> Tensor",
     check=_check_static,
     kernels=("quantize_x", "gemm_w8"),
     autocast=True,
 )
 def linear_static(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor, epilogue: str = "none"
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Int8 linear layer whose activations have one known scale: quantize_static, integer GEMM, epilogue, in one call.
 
     input_scale    float32 []: one step of the quantised activations (largest |x| / 127)
     The other arguments, the result and the errors are those of ops.linear_dynamic.
     """
-    _check_static(x, weight_packed, weight_scale, bias, input_scale, epilogue)
+    _check_static(x, weight_packed, weight_scale, bias, input_scale, epilogue, residual)
     q, scale, row_sum = quantize_static.reference(x, input_scale)
-    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype)
+    return linear_s8.reference(q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, x.dtype, 8, residual)

@@ -27,7 +27,8 @@ def row_absmax(x: Tensor) -> Tensor:
     return x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
 
 
-def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, scale, row_sum) of x, their values unset."""
     lead = x.shape[:-1]
     return (
         x.new_empty(x.shape, dtype=torch.int8),
@@ -42,7 +43,7 @@ def _check(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
     if absmax is not None:
         check_tensors("quantize_rows", absmax=absmax)
         check_per_row("quantize_rows", "absmax", absmax, torch.float32, x.shape[:-1])
-    return _empty(x)
+    return empty_rows(x)
 
 
 @op("(Tensor x, Tensor? absmax=None) -> (Tensor, Tensor, Tensor)", check=_check, kernels=("quantize_x",), rows=2)
@@ -79,7 +80,7 @@ def _check_static(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tenso
     check_x("quantize_static", x)
     check_input_scale("quantize_static", input_scale)
     check_device("quantize_static", x, input_scale=input_scale)
-    return _empty(x)
+    return empty_rows(x)
 
 
 @op("(Tensor x, Tensor input_scale) -> (Tensor, Tensor, Tensor)", check=_check_static, kernels=("quantize_x",))

@@ -24,7 +24,7 @@ def vmap_rule(op: Op, info: Any, in_dims: tuple[int | None, ...], *args: Any) ->
     Where a stored tensor is batched (an ensemble) every member has its own weights, so there is one call for each member.
     """
     # The dispatcher leaves out trailing arguments that equal their defaults; in_dims has an entry for each one given.
-    if any(dim is not None for dim in in_dims[op.rows :]):
+    if any(dim is not None for i, dim in enumerate(in_dims) if i not in op.row_arguments):
         members = [
             [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)] for i in range(info.batch_size)
         ]
@@ -35,14 +35,18 @@ def vmap_rule(op: Op, info: Any, in_dims: tuple[int | None, ...], *args: Any) ->
     if args[0].dim() == (in_dims[0] is not None):
         # Folded, the batch would pass for K.
         raise ValueError(f"{op.public_name}: {op.arguments[0]} is 0-dimensional under vmap, expected [..., K]")
-    first, *per_row = (_batch_first(a, dim, info.batch_size) for a, dim in zip(args[: op.rows], in_dims, strict=False))
-    # Kernels take any strides in the first argument, but want the small ones, one entry for each row, in one piece.
-    return op.raw(first, *(a if a is None else a.contiguous() for a in per_row), *args[op.rows :]), 0
+    given = list(args)
+    for i in op.row_arguments & set(range(len(args))):
+        if given[i] is not None:
+            a = _batch_first(given[i], in_dims[i], info.batch_size)
+            # Kernels take any strides in the first argument, but want the small ones, one entry for each row, in one piece.
+            given[i] = a.contiguous() if i else a
+    out = op.raw(*given)
+    # An output that was not asked for is an empty [0], of no batch.
+    return out, tree_map(lambda t: 0 if t.dim() > 1 or t.shape[0] == info.batch_size else None, out)
 
 
-def _batch_first(a: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:
-    if a is None:
-        return None
+def _batch_first(a: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return a.expand(batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import as_rows, check_device, check_linear, check_tensors, check_x
+from .checks import as_rows, check_device, check_linear, check_residual, check_tensors, check_x
 from .linear_int8 import finish
 from .tiles import ceil_div, to_rows
 
@@ -79,37 +79,52 @@ def binarize_rows(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_xnor(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, threshold: Tensor, bias: Tensor | None, epilogue: str = "none"
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     y = check_linear("linear_xnor", x, weight_packed, weight_scale, bias, epilogue, 1, threshold=threshold)
     check_threshold("linear_xnor", threshold, x.shape[-1])
+    check_residual("linear_xnor", residual, y)
     return y
 
 
 @op(
-    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor threshold, Tensor? bias, str epilogue='none') -> Tensor",
+    "(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor threshold, Tensor? bias, str epilogue='none', "
+    "Tensor? residual=None) -> Tensor",
     check=_check_xnor,
     kernels=("binarize_x", "gemm_xnor"),
     autocast=True,
 )
 def linear_xnor(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, threshold: Tensor, bias: Tensor | None, epilogue: str = "none"
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Binary linear layer: signs of x times signs of w, act(((f32(acc) * scale) * weight_scale) + bias).
+    """Binary linear layer: signs of x times signs of w, act(((f32(acc) * scale) * weight_scale) + bias) + residual.
 
     x              float32 / bfloat16 / float16 [..., K], any strides; binarised as by binarize_rows
     weight_packed  uint8 [ceil(N/16), ceil(K/32), 64] tiles of 1-bit codes
     weight_scale   float32 [N]
     threshold      float32 [K]
     bias           float [N] or None
+    residual       dtype of x, [..., N]: added after the activation, in float32; or None
     returns        dtype of x, [..., N]; acc = K - 2 * popcount(w xor x), exact
 
     Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias: straight-through where
     abs(x - threshold) <= 1, else 0. Source: Rastegari et al., arXiv:1603.05279.
     """
-    _check_xnor(x, weight_packed, weight_scale, threshold, bias, epilogue)
+    _check_xnor(x, weight_packed, weight_scale, threshold, bias, epilogue, residual)
     n, k = weight_scale.shape[0], x.shape[-1]
     positive, scale = _signs(x, threshold)
     signs = positive.to(torch.int8) * 2 - 1
     acc = _int_matmul.int_matmul(as_rows(signs), to_rows(weight_packed, n, k, 1)).reshape(*x.shape[:-1], n)
-    return finish(acc, scale, weight_scale, bias, epilogue, x.dtype)
+    return finish(acc, scale, weight_scale, bias, epilogue, x.dtype, residual)

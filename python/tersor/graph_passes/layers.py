@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .. import ops
 from .editor import Editor
@@ -83,7 +83,3 @@ def stored_layer(edit: Editor, args: dict[str, Any]) -> bool:
     kept = (args["weight_packed"], args["weight_scale"], args["bias"])
     return all(node is None or edit.is_stored(node) for node in kept)
 
-
-def interleaved(a: Tensor, b: Tensor, rows: int) -> Tensor:
-    """Blocks of `rows` along dim 0, taken in turn from a and b."""
-    return torch.stack((a.unflatten(0, (-1, rows)), b.unflatten(0, (-1, rows))), 1).flatten(0, 2)

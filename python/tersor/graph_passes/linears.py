@@ -19,7 +19,6 @@ from .layers import (
     concatenated,
     dtype_of,
     has_argument,
-    interleaved,
     name_of,
     only_user,
     ours,
@@ -124,15 +123,8 @@ def fuse_glu(edit: Editor) -> None:
                 break
             with edit.before(node):
                 pair = biases(edit, (args, up))
-                tiles, scale, bias = (
-                    a and edit.call(interleaved, a, b, rows, stored=True)
-                    for (a, b), rows in (
-                        ((args["weight_packed"], up["weight_packed"]), 1),
-                        ((args["weight_scale"], up["weight_scale"]), TILE_N),
-                        (pair or (None, None), TILE_N),
-                    )
-                )
-                stored = {"weight_packed": tiles, "weight_scale": scale, "bias": bias}
+                stored = {name: (args[name], up[name]) for name in ("weight_packed", "weight_scale")} | {"bias": pair}
+                stored = {name: two and edit.call(ops.interleave_glu, *two, stored=True) for name, two in stored.items()}
                 fused = call_ours(edit, "linear_glu", {"x": args["x"], **stored, "activation": epilogue, "bits": args["bits"]}, gate)
             edit.replace(node, fused)
             edit.report.did("glu", f"{gate.name}, {right.name}")

@@ -13,18 +13,19 @@ from ..nn import in_huge_pages
 from .editor import FOLDED, Editor
 
 
-def hoist(edit: Editor) -> tuple[fx.GraphModule | None, list[fx.Node]]:
+def hoist(edit: Editor, name: Callable[[int], str] | None = None) -> tuple[fx.GraphModule | None, list[fx.Node]]:
     """Takes the folded calls out of the graph.
 
+    name     None: the graph gets a placeholder for each result, after its own; else it reads attribute name(i) for result i
     returns  (a module of the stored tensors they read, in the order of the nodes in the second result, to a tuple of what the graph
-             reads of them; those nodes). The graph gets a placeholder for each entry of the tuple, after its own.
+             reads of them; those nodes); None and [] where nothing is folded
     """
     graph = edit.graph
     folded = [node for node in graph.nodes if FOLDED in node.meta]
     if not folded:
         return None, []
     sources: list[fx.Node] = []
-    prologue, copies = fx.Graph(), {}
+    prologue, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in folded:
         for source in node.all_input_nodes:
             if source not in copies and FOLDED not in source.meta:
@@ -34,13 +35,11 @@ def hoist(edit: Editor) -> tuple[fx.GraphModule | None, list[fx.Node]]:
         copies[node] = prologue.node_copy(node, copies.__getitem__)
     results = [node for node in folded if any(FOLDED not in user.meta for user in node.users)]
     prologue.output(tuple(copies[node] for node in results))
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
-    first = next(iter(graph.nodes))
-    with graph.inserting_after(last[0]) if last else graph.inserting_before(first):
-        for node in reversed(results):
-            made = graph.placeholder(f"{node.name}_stored")
-            made.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(made, delete_user_cb=lambda user: FOLDED not in user.meta)
+    for i, node in enumerate(results):
+        with graph.inserting_before(folded[0]):
+            made = graph.create_node("get_attr", name(i)) if name else graph.placeholder(f"{node.name}_stored")
+        made.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: FOLDED not in user.meta)
     for node in reversed(folded):
         graph.erase_node(node)
     edit.renumber()

@@ -157,6 +157,8 @@ def mutates(node: fx.Node) -> bool:
         return (node.op == "call_module" and target != "_guards_fn") or (target.endswith("_") and not target.endswith("__")) or target == "__setitem__"
     if target in _IN_PLACE:
         return True
+    if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ are not in place
+        return False
     name = getattr(target, "__name__", "")
     if isinstance(target, torch._ops.HigherOrderOperator):
         return True

@@ -68,6 +68,28 @@ struct QuantizeArgs {
   const float* input_scale = nullptr;
 };
 
+// Rows [0, M) of s = x + residual, rounded to the dtype of x, are normalised and become s8 rows as QuantizeArgs makes them:
+//   layer  y = ((s - mean) * (1 / sqrt(variance + eps))) * weight + bias
+//   rms    y = (s * (1 / sqrt(mean of s^2 + eps))) * weight
+// in f32, rounded to the dtype of x. Sums in 32 lanes by k mod 32, the lanes in a tree (norm_quantize.inl).
+struct NormArgs {
+  Rows x;
+  Rows residual;  // x: null: s = x
+  int64_t M, K;
+  const float* weight;  // [K] or null
+  const float* bias;    // [K] or null
+  float eps;
+  bool rms;
+  int8_t* q;         // [M][K]
+  float* scale;      // [M]
+  int32_t* row_sum;  // [M]
+  void* sum;         // s, [M][K] in the dtype of x, or null
+  void* y;           // y, the same
+  float* scratch;    // scratch_floats(), 64-byte aligned
+
+  static constexpr int64_t scratch_floats(int64_t K, bool residual) { return (residual ? 3 : 1) * round_up(K, 64); }
+};
+
 // Rows [0, M) of x against a threshold for each k become bits, 1 where x >= threshold, 0 past K, in the order of a 1-bit tile:
 // words of 32 k, little endian. scale = sum_k |x - threshold| * f32(1/K), summed in 64 lanes by k mod 64, the lanes in a tree
 // (binarize_x.inl). A row that holds NaN or inf gets bits 0, scale = NaN.
@@ -102,6 +124,18 @@ struct GemmArgs {
   int64_t group_size = 0;          // a multiple of kGroupUnit that divides K
   const void* residual = nullptr;  // [M][ldr], y_dtype; null: nothing is added
   int64_t ldr = 0;                 // elements
+};
+
+// y[m][16 i + j] = act(both[m][32 i + j]) * both[m][32 i + 16 + j], j < 16: gate and up in runs of a tile, as a GEMM over tiles in
+// turn leaves them. F is a multiple of 16.
+struct GluArgs {
+  int64_t M, F;
+  const float* both;  // [M][ld]
+  int64_t ld;
+  Activation activation;
+  void* y;  // [M][ldy], y_dtype
+  Dtype y_dtype;
+  int64_t ldy;
 };
 
 // y = act(((sum_k x[m][k] * f32(w[n][k])) * weight_scale[n]) + bias[n]), f32 accumulation in an order of the variant's own (class
@@ -142,6 +176,14 @@ struct QuantizeX {
   void (*run)(const QuantizeArgs&);
 };
 
+struct NormQuantizeX {
+  void (*run)(const NormArgs&);
+};
+
+struct Glu {
+  void (*run)(const GluArgs&);
+};
+
 struct BinarizeX {
   void (*run)(const BinarizeArgs&);
 };
@@ -158,17 +200,19 @@ struct Limits {
 };
 
 // One list of what a variant can fill; dispatch resolves each entry by itself, info() and the tests walk the same list.
-#define TERSOR_KERNEL_ENTRIES(X) \
-  X(QuantizeX, quantize_x)       \
-  X(WidenX, widen_x)             \
-  X(BinarizeX, binarize_x)       \
-  X(IntGemm, gemm_w8)            \
-  X(IntGemm, gemm_w4)            \
-  X(IntGemm, gemm_w2)            \
-  X(IntGemm, gemm_w1)            \
-  X(IntGemm, gemm_w4_grouped)    \
-  X(IntGemm, gemm_xnor)          \
-  X(FloatGemm, gemm_f32_w8)      \
+#define TERSOR_KERNEL_ENTRIES(X)    \
+  X(QuantizeX, quantize_x)          \
+  X(WidenX, widen_x)                \
+  X(BinarizeX, binarize_x)          \
+  X(IntGemm, gemm_w8)               \
+  X(IntGemm, gemm_w4)               \
+  X(IntGemm, gemm_w2)               \
+  X(IntGemm, gemm_w1)               \
+  X(IntGemm, gemm_w4_grouped)       \
+  X(IntGemm, gemm_xnor)             \
+  X(FloatGemm, gemm_f32_w8)         \
+  X(NormQuantizeX, norm_quantize_x) \
+  X(Glu, glu)                       \
   X(Limits, limits)
 
 struct KernelTable {

@@ -1,9 +1,9 @@
 #include "linear.h"
 
-#include <cstdlib>
 #include <cstring>
 
 #include "parallel.h"
+#include "scratch.h"
 
 namespace tersor {
 namespace {
@@ -23,23 +23,6 @@ constexpr int64_t kMaxScratchBytes = int64_t{4} << 20;  // per thread
 // Rows of s8 are kept apart by a line beyond the next multiple of 64: a stride of exactly 4096 would make them collide in L1.
 int64_t s8_stride(int64_t K) { return round_up(K, 64) + 64; }
 
-// Grow-only buffer of the calling thread; pieces of a parallel region get slices of it, so nothing allocates inside the region.
-class Scratch {
- public:
-  ~Scratch() { std::free(base_); }
-  char* get(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(base_);
-      base_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
-      size_ = base_ ? bytes : 0;
-    }
-    return base_;
-  }
-
- private:
-  char* base_ = nullptr;
-  int64_t size_ = 0;
-};
 thread_local Scratch thread_scratch;
 
 struct Carver {
@@ -87,6 +70,13 @@ Rectangle piece_of(const Split& s, int64_t M, int64_t N, int64_t i) {
   const int64_t units = ceil_div(M, unit);
   const int64_t m0 = r * units / s.row_pieces * unit, m1 = (r + 1) * units / s.row_pieces * unit;
   return {m0, m1 < M ? m1 : M, c * tiles / s.tile_pieces, (c + 1) * tiles / s.tile_pieces};
+}
+
+// Of a layer: gate and up are not parted.
+Rectangle piece_of(const Split& s, int64_t M, const LinearWeights& w, int64_t i) {
+  if (!w.glu) return piece_of(s, M, w.N, i);
+  const Rectangle r = piece_of(s, M, w.N / 2, i);
+  return {r.m0, r.m1, 2 * r.t0, 2 * r.t1};
 }
 
 // Block of rows whose scratch stays under the bound, equal blocks rather than a short last one.
@@ -141,6 +131,8 @@ int64_t bias_bytes(const LinearWeights& w) { return w.bias && w.bias_dtype != Dt
 
 void* row_of(const Output& out, int64_t m, int64_t N) { return static_cast<char*>(out.y) + m * N * dtype_bytes(out.dtype); }
 
+int64_t out_features(const LinearWeights& w) { return w.glu ? w.N / 2 : w.N; }
+
 bool streams(const KernelTable& kt, const Output& out, int64_t M, int64_t N) {
   return out.dtype == Dtype::f32 && N % kTileN == 0 && reinterpret_cast<uintptr_t>(out.y) % 64 == 0 && kt.stream_bytes > 0 &&
          M * N * 4 >= kt.stream_bytes;
@@ -173,9 +165,9 @@ GemmArgs gemm_args(const LinearWeights& w, const int8_t* q, int64_t ldq, const f
           w.weight_scale,
           bias,
           w.activation,
-          row_of(out, m, w.N),
+          row_of(out, m, out_features(w)),
           out.dtype,
-          w.N,
+          out_features(w),
           stream,
           w.group_scale,
           w.group_size,
@@ -193,6 +185,40 @@ const IntGemm& gemm_of(const KernelTable& kt, const LinearWeights& w) {
 void zero_past_k(int8_t* q, int64_t rows, int64_t ldq, const LinearWeights& w) {
   const int64_t past = round_up(w.K, tile_k(w.bits)) - w.K;
   for (int64_t m = 0; m < rows && past; ++m) std::memset(q + m * ldq + w.K, 0, static_cast<size_t>(past));
+}
+
+// Tiles of gate and up that are multiplied before they become one: they stay in L1 or L2 meanwhile. 12 are whole panels of every
+// register block.
+constexpr int64_t kGluTiles = 12;
+constexpr int64_t kGluBytes = int64_t{48} << 10;
+int64_t glu_tiles(int64_t rows) {
+  const int64_t fit = kGluBytes / (rows * kTileN * 4 * kGluTiles) * kGluTiles;
+  return fit > kGluTiles ? fit : kGluTiles;
+}
+// Rows are a line further apart than they are long, as those of s8 are.
+int64_t glu_stride(int64_t rows) { return (glu_tiles(rows) + 1) * kTileN; }
+int64_t glu_bytes(const LinearWeights& w, int64_t rows) { return w.glu ? rows * glu_stride(rows) * 4 : 0; }
+
+// A block of rows times the tiles of a range; `both` holds glu_bytes.
+void multiply(const KernelTable& kt, const IntGemm& gemm, const LinearWeights& w, const GemmArgs& args, const GemmRange& range,
+              float* both) {
+  if (!w.glu) return gemm.run(args, range);
+  const int64_t rows = range.m1, step = glu_tiles(rows), tile_bytes = ceil_div(w.K, tile_k(w.bits)) * kTileBytes;
+  for (int64_t t = range.t0; t < range.t1; t += step) {
+    const int64_t tiles = t + step < range.t1 ? step : range.t1 - t, n = t * kTileN;
+    GemmArgs part = args;
+    part.N = tiles * kTileN;
+    part.weight_packed += t * tile_bytes;
+    part.weight_scale += n;
+    if (part.bias) part.bias += n;
+    part.activation = Activation::none;
+    part.y = both;
+    part.y_dtype = Dtype::f32;
+    part.ldy = glu_stride(rows);
+    gemm.run(part, {0, rows, 0, tiles, range.scratch});
+    char* y = static_cast<char*>(args.y) + n / 2 * dtype_bytes(args.y_dtype);
+    kt.glu.run({rows, part.N / 2, both, part.ldy, w.activation, y, args.y_dtype, args.ldy});
+  }
 }
 
 int64_t groups_of(const LinearWeights& w) { return w.group_scale ? w.K / w.group_size : 0; }
@@ -241,31 +267,32 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
   if (M == 0 || w.N == 0) return nullptr;
   const IntGemm& gemm = gemm_of(kt, w);
   const Split split = split_work(M, w.N, w.K);
-  const bool stream = streams(kt, out, M, w.N);
+  const bool stream = !w.glu && streams(kt, out, M, w.N);
   const int64_t ldq = s8_stride(w.K), groups = groups_of(w);
   const int64_t row_bytes = ldq + gemm.row_scratch(w.K) + 8 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K) + glu_bytes(w, mc);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
 
   auto piece = [&](int64_t i) {
-    const Rectangle r = piece_of(split, M, w.N, i);
+    const Rectangle r = piece_of(split, M, w, i);
     Carver carve{scratch + i * slice};
     auto* q = carve.take<int8_t>(mc * ldq);
     auto* scale = carve.take<float>(mc);
     auto* row_sum = carve.take<int32_t>(mc);
     auto* group_sum = carve.take<int32_t>(mc * groups);
     char* row = carve.take<char>(gather_bytes(x, w.K));
+    auto* both = carve.take<float>(glu_bytes(w, mc) / 4);
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
       quantize_block(kt, x, m, m + rows, w.K, nullptr, w.input_scale, q, ldq, scale, row_sum, row);
       zero_past_k(q, rows, ldq, w);
       if (groups) sum_groups(q, rows, ldq, w, group_sum);
-      gemm.run(gemm_args(w, q, ldq, scale, groups ? group_sum : row_sum, bias, out, m, stream),
-               {0, rows, r.t0, r.t1, gemm_scratch});
+      multiply(kt, gemm, w, gemm_args(w, q, ldq, scale, groups ? group_sum : row_sum, bias, out, m, stream),
+               {0, rows, r.t0, r.t1, gemm_scratch}, both);
     }
   };
   parallel_for(split.pieces(), piece);
@@ -276,22 +303,23 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
   if (M == 0 || w.N == 0) return nullptr;
   const IntGemm& gemm = gemm_of(kt, w);
   const Split split = split_work(M, w.N, w.K);
-  const bool stream = streams(kt, out, M, w.N);
+  const bool stream = !w.glu && streams(kt, out, M, w.N);
   // The last word would reach past K, perhaps past the buffer: such rows are copied.
   const bool copy = w.K % tile_k(w.bits) != 0;
   const int64_t ldq = copy ? s8_stride(w.K) : x.ldq, groups = groups_of(w);
   const int64_t row_bytes = (copy ? ldq : 0) + gemm.row_scratch(w.K) + 1 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 128;
+  const int64_t slice = round_up(mc * row_bytes, 64) + 128 + glu_bytes(w, mc);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
 
   auto piece = [&](int64_t i) {
-    const Rectangle r = piece_of(split, M, w.N, i);
+    const Rectangle r = piece_of(split, M, w, i);
     Carver carve{scratch + i * slice};
     auto* rows_copy = carve.take<int8_t>(copy ? mc * ldq : 0);
     auto* group_sum = carve.take<int32_t>(mc * groups);
+    auto* both = carve.take<float>(glu_bytes(w, mc) / 4);
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
@@ -303,8 +331,8 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
       }
       if (groups) sum_groups(q, rows, ldq, w, group_sum);
       const float* scale = x.scale ? x.scale + m : nullptr;
-      gemm.run(gemm_args(w, q, ldq, scale, groups ? group_sum : x.row_sum + m, bias, out, m, stream),
-               {0, rows, r.t0, r.t1, gemm_scratch});
+      multiply(kt, gemm, w, gemm_args(w, q, ldq, scale, groups ? group_sum : x.row_sum + m, bias, out, m, stream),
+               {0, rows, r.t0, r.t1, gemm_scratch}, both);
     }
   };
   parallel_for(split.pieces(), piece);

@@ -18,6 +18,7 @@ struct LinearWeights {
   const uint8_t* group_scale = nullptr;  // 4 bits only; null: one scale for a channel
   int64_t group_size = 0;
   const float* threshold = nullptr;  // [K] of linear_xnor
+  bool glu = false;  // n tiles of gate and up in turn: y[M][N/2] = activation(gate) * up. N is a multiple of 32; no groups
 };
 
 struct Output {

@@ -75,6 +75,11 @@ struct Isa {
   static Vf min_(Vf a, Vf b) { return _mm256_min_ps(a, b); }
   static Vf max_(Vf a, Vf b) { return _mm256_max_ps(a, b); }
   static Vf muladd(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
+  static float reduce_add(Vf a) { return reduce_add(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))); }
+  static float reduce_add(__m128 a) {
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+  }
   static Vf to_f32(Vi v) { return _mm256_cvtepi32_ps(v); }
   static uint32_t mask_ge(Vf a, Vf b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
   static Vi round(Vf v) { return _mm256_cvtps_epi32(v); }

@@ -53,6 +53,12 @@ struct Avx512Vnni {
   static Vf min_(Vf a, Vf b) { return _mm512_min_ps(a, b); }
   static Vf max_(Vf a, Vf b) { return _mm512_max_ps(a, b); }
   static Vf muladd(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+  static float reduce_add(Vf a) {
+    const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+  }
   static Vf to_f32(Vi v) { return _mm512_cvtepi32_ps(v); }
   static uint32_t mask_ge(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static Vi round(Vf v) { return _mm512_cvtps_epi32(v); }

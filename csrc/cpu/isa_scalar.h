@@ -117,6 +117,8 @@ struct Isa {
   }
   // a * b + c with one rounding or two, as the ISA likes: for class F only.
   static Vf muladd(Vf a, Vf b, Vf c) { return add(mul(a, b), c); }
+  // The lanes in halves: i and i + kLanes / 2 first, at last 0 and 1.
+  static float reduce_add(Vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
   static Vf to_f32(Vi a) {
     return each_f([&](int i) { return static_cast<float>(a.v[i]); });
   }

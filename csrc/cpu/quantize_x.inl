@@ -96,33 +96,37 @@ void quantize_rows_static(const QuantizeArgs& a) {
   }
 }
 
+// A row by the bits of its largest magnitude; NaN and inf (>= kInfBits) make it NaN.
+template <Dtype kDtype, bool kClamp>
+void quantize_by(const void* x, int64_t K, int32_t row_bits, int8_t* q, float* scale, int32_t* row_sum) {
+  float absmax;
+  __builtin_memcpy(&absmax, &row_bits, 4);
+  if (row_bits >= kInfBits) {
+    *scale = __builtin_nanf("");
+    absmax = 0.0f;
+  } else {
+    *scale = absmax < kTinyAbsmax ? 0.0f : absmax * (1.0f / 127.0f);
+  }
+  if (absmax < kTinyAbsmax) {
+    if (K > 0) __builtin_memset(q, 0, static_cast<size_t>(K));
+    *row_sum = 0;
+  } else {
+    *row_sum = quantize_row<kDtype, kClamp, false>(x, K, 127.0f / absmax, q, nullptr);
+  }
+}
+
 template <Dtype kDtype>
 void quantize_rows(const QuantizeArgs& a) {
   if (a.input_scale) return quantize_rows_static<kDtype>(a);
   for (int64_t m = 0; m < a.M; ++m) {
     const char* x = static_cast<const char*>(a.x.x) + m * a.x.ld * dtype_bytes(kDtype);
-    int8_t* q = a.q + m * a.ldq;
     int32_t row_bits = absmax_bits<kDtype>(x, a.K);
-    const bool finite = row_bits < kInfBits;
-    if (a.absmax) {
+    if (a.absmax && row_bits < kInfBits) {  // a NaN or inf in the row decides, whatever absmax says
       __builtin_memcpy(&row_bits, a.absmax + m, 4);
       row_bits &= 0x7fffffff;
     }
-    float absmax;
-    __builtin_memcpy(&absmax, &row_bits, 4);
-    if (!finite || row_bits >= kInfBits) {
-      a.scale[m] = __builtin_nanf("");
-      absmax = 0.0f;
-    } else {
-      a.scale[m] = absmax < kTinyAbsmax ? 0.0f : absmax * (1.0f / 127.0f);
-    }
-    if (absmax < kTinyAbsmax) {
-      if (a.K > 0) __builtin_memset(q, 0, static_cast<size_t>(a.K));
-      a.row_sum[m] = 0;
-    } else {
-      a.row_sum[m] =
-          (a.absmax ? quantize_row<kDtype, true, false> : quantize_row<kDtype, false, false>)(x, a.K, 127.0f / absmax, q, nullptr);
-    }
+    (a.absmax ? quantize_by<kDtype, true> : quantize_by<kDtype, false>)(x, a.K, row_bits, a.q + m * a.ldq, a.scale + m,
+                                                                        a.row_sum + m);
   }
 }
 

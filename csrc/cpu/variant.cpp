@@ -9,7 +9,9 @@
 #include "binarize_x.inl"
 #include "gemm_int.inl"
 #include "gemm_float.inl"
+#include "glu.inl"
 #include "limits.inl"
+#include "norm_quantize.inl"
 // clang-format on
 
 namespace tersor::TERSOR_ISA {
@@ -22,12 +24,20 @@ constexpr Run maybe(Run run) {
 
 extern const KernelTable table;
 const KernelTable table = {
-    TERSOR_ISA_NAME,     0,
-    {maybe(quantize_x)}, {maybe(widen_x)},
-    {maybe(binarize_x)}, {maybe(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
-    {maybe(gemm_w4), 0}, {maybe(gemm_w2), 0},
-    {maybe(gemm_w1), 0}, {maybe(gemm_w4_grouped), 0},
-    {gemm_xnor, 0},      {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
+    TERSOR_ISA_NAME,
+    0,
+    {maybe(quantize_x)},
+    {maybe(widen_x)},
+    {maybe(binarize_x)},
+    {maybe(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
+    {maybe(gemm_w4), 0},
+    {maybe(gemm_w2), 0},
+    {maybe(gemm_w1), 0},
+    {maybe(gemm_w4_grouped), 0},
+    {gemm_xnor, 0},
+    {maybe(gemm_f32_w8), kFloatBlockK * Isa::kFloatTiles * kTileN * 4, Isa::kFloatTiles * kTileN * 4},
+    {maybe(norm_quantize_x)},
+    {maybe(glu)},
     {run_limit},
 };
 

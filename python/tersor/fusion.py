@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch._dynamo.backends import registry
 
 from .graph_passes.capture import fuse
-from .graph_passes.compile import Options, backend, reports
+from .graph_passes.compile import Options, backend, code_of, reports
 from .graph_passes.passes import PATTERNS, Pattern
 from .graph_passes.report import Entry, FusionReport
 
@@ -13,4 +13,4 @@ from .graph_passes.report import Entry, FusionReport
 if "tersor" not in registry._COMPILER_FNS:
     registry.register_backend(backend, name="tersor")
 
-__all__ = ["PATTERNS", "Entry", "FusionReport", "Options", "Pattern", "backend", "fuse", "reports"]
+__all__ = ["PATTERNS", "Entry", "FusionReport", "Options", "Pattern", "backend", "code_of", "fuse", "reports"]

@@ -138,11 +138,8 @@ def _fused(module: fx.GraphModule, example_inputs: Sequence[Any], chosen: Option
     module.graph.lint()
     module.recompile()
     examples = [example_inputs[i] for i in kept]
-    if prologue is None:
-        run = _compile_inner(module, examples, chosen)
-        return run if len(kept) == len(inputs) else lambda *args: run(*[args[i] for i in kept])
-    values = StoredValues(prologue)
-    if chosen.inner != "eager":
+    values = StoredValues(prologue) if prologue is not None else lambda tensors: ()
+    if chosen.inner != "eager" and prologue is not None:
         examples += _examples(prologue, [example_inputs[i] for i in read])
     inner = _compile_inner(module, examples, chosen)
     pick_kept, pick_read = _picker(kept), _picker(read)
@@ -150,7 +147,13 @@ def _fused(module: fx.GraphModule, example_inputs: Sequence[Any], chosen: Option
     def run_fused(*args: Any) -> Any:
         return inner(*pick_kept(args), *values(pick_read(args)))
 
+    run_fused.code = module.code  # type: ignore[attr-defined]
     return run_fused
+
+
+def code_of(run: Callable[..., Any]) -> str:
+    """The Python code of the fused graph behind what the backend returned, without the work on weights."""
+    return run.code  # type: ignore[attr-defined]
 
 
 def _picker(positions: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

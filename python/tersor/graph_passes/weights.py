@@ -207,4 +207,5 @@ def _fold(edit: Editor, layer: fx.Node, node: fx.Node, factor: Factor, shift: Ca
             target: Any = layer.target
             new = edit.call(target, x, edit.call(scaled_rows, weight, f, stored=True), bias_of(bias), *rest, **layer.kwargs, like=layer)
     edit.replace(node, new)
+    edit.graph.erase_node(node)  # BatchNorm is not pure in general
     edit.report.did("fold_scales", f"{layer.name} * {node.name}")

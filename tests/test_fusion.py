@@ -250,9 +250,19 @@ STAYS: dict[str, tuple[str, Net, int, str]] = {
         1,
         "used elsewhere",
     ),
-    "gate and up on two inputs": ("glu", Net(lambda m, x: F.silu(m.a(x)) * m.b(x + 1), a=layer(), b=layer()), 1, "different inputs"),
+    "gate and up on two inputs": (
+        "glu",
+        Net(lambda m, x: F.silu(m.a(x)) * m.b(x + 1), a=layer(), b=layer()),
+        1,
+        "different inputs",
+    ),
     "glu of odd sizes": ("glu", Net(lambda m, x: F.silu(m.a(x)) * m.b(x), a=layer(40), b=layer(40)), 1, "not whole tiles"),
-    "norm that no layer reads": ("norm", Net(lambda m, x: m.norm(x).exp() - m.a(x), norm=nn.LayerNorm(K), a=layer()), 1, "no int8 layer"),
+    "norm that no layer reads": (
+        "norm",
+        Net(lambda m, x: m.norm(x).exp() - m.a(x), norm=nn.LayerNorm(K), a=layer()),
+        1,
+        "no int8 layer",
+    ),
     "norm in float64": (
         "norm",
         Net(lambda m, x: m.a(m.norm(x.double()).float()), norm=nn.LayerNorm(K, dtype=torch.float64), a=layer()),

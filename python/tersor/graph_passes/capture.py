@@ -50,10 +50,10 @@ def fuse(
     report = FusionReport(type(model).__name__)
     capture = _Capture(report, fmt=check_format("fuse", format), disable=disable, reference=reference)
     with torch.no_grad():
-        fused = capture.whole(model, _arguments(example_inputs), dynamic_shapes, "")
-        if fused is None:
-            fused = capture.by_parts(model, _arguments(example_inputs))
-    fused.fusion_report = report  # type: ignore[assignment]
+        arguments = _arguments(example_inputs)
+        whole = capture.whole(model, arguments, dynamic_shapes, "")
+        fused: Any = capture.by_parts(model, arguments) if whole is None else whole
+    fused.fusion_report = report
     report.log()
     if verbose:
         from rich.console import Console

@@ -171,4 +171,5 @@ def _compile_inner(module: fx.GraphModule, examples: Sequence[Any], chosen: Opti
         return module.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(examples))
+    compiled: Any = compile_fx(module, list(examples))
+    return compiled

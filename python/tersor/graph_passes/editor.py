@@ -82,10 +82,13 @@ class Editor:
     def features(self, node: Any) -> int | None:
         """The last dim where it is a plain number."""
         value = self.tensor(node)
-        return int(value.shape[-1]) if value is not None and value.dim() and isinstance(value.shape[-1], int) else None
+        size = value.shape[-1] if value is not None and value.dim() else None
+        if isinstance(size, torch.SymInt):  # what a guard has settled is a number by now
+            size = int(size.node.expr) if size.node.expr.is_number else None
+        return size
 
     def op_runs(self, op: ops.Op) -> str:
-        """"" where the op is no slower than what it would replace, else the reason."""
+        """ "" where the op is no slower than what it would replace, else the reason."""
         if self.reference or not ops.NATIVE:
             return ""  # everything is a reference here
         kernels = (native.cpu_info() or {"kernels": {}})["kernels"]
@@ -105,12 +108,20 @@ class Editor:
         finally:
             self._at = outer
 
-    def call(self, target: Callable[..., Any], *args: Any, stored: bool = False, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
-        """A new call at the insertion point, its value worked out on fake tensors. stored: it is to be computed once.
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        stored: bool = False,
+        like: fx.Node | None = None,
+        value: Any = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """A new call at the insertion point. stored: it is to be computed once; value: what it gives, None: worked out on fakes.
 
         Raises what the op's shape rule raises; the node is then gone again.
         """
-        value = self.propagate(target, args, kwargs)
+        value = self.propagate(target, args, kwargs) if value is None else value
         # Folded calls stand in the order they are made, behind all that is stored: a later layer's may be read by an earlier one's.
         with self.graph.inserting_after(self._tail) if stored else contextlib.nullcontext():
             node = self.graph.call_function(target, args, kwargs)
@@ -136,6 +147,11 @@ class Editor:
             if isinstance(target, str):
                 return getattr(args[0], target)(*args[1:], **kwargs)
             return target(*args, **kwargs)
+
+    def fake(self, shape: tuple[int, ...], dtype: torch.dtype, like: fx.Node) -> Tensor:
+        """A fake tensor on the device of `like`."""
+        with self.fake_mode or contextlib.nullcontext():
+            return torch.empty(shape, dtype=dtype, device=like.meta["val"].device)
 
     def parts(self, node: fx.Node, stored: bool = False) -> list[fx.Node]:
         """The entries of a node that gives a tuple."""

@@ -38,7 +38,7 @@ def call_ours(edit: Editor, name: str, args: dict[str, Any], like: fx.Node | Non
     arguments = list(target._schema.arguments)
     while arguments and arguments[-1].has_default_value() and args.get(arguments[-1].name) == arguments[-1].default_value:
         arguments.pop()
-    values = [args[a.name] if a.name in args else a.default_value for a in arguments]
+    values = [args.get(a.name, a.default_value) for a in arguments]
     return edit.call(target, *values, like=like)
 
 
@@ -82,4 +82,3 @@ def stored_layer(edit: Editor, args: dict[str, Any]) -> bool:
     """Whether everything but the activations is stored."""
     kept = (args["weight_packed"], args["weight_scale"], args["bias"])
     return all(node is None or edit.is_stored(node) for node in kept)
-

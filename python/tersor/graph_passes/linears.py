@@ -122,10 +122,11 @@ def fuse_glu(edit: Editor) -> None:
                 edit.report.leave("glu", node.name, reason)
                 break
             with edit.before(node):
-                pair = biases(edit, (args, up))
-                stored = {name: (args[name], up[name]) for name in ("weight_packed", "weight_scale")} | {"bias": pair}
-                stored = {name: two and edit.call(ops.interleave_glu, *two, stored=True) for name, two in stored.items()}
-                fused = call_ours(edit, "linear_glu", {"x": args["x"], **stored, "activation": epilogue, "bits": args["bits"]}, gate)
+                pair: Any = biases(edit, (args, up))
+                halves = {name: (args[name], up[name]) for name in ("weight_packed", "weight_scale")} | {"bias": pair}
+                made = {name: two and edit.call(ops.interleave_glu, *two, stored=True) for name, two in halves.items()}
+                made |= {"x": args["x"], "activation": epilogue, "bits": args["bits"]}
+                fused = call_ours(edit, "linear_glu", made, gate)
             edit.replace(node, fused)
             edit.report.did("glu", f"{gate.name}, {right.name}")
             break

@@ -30,10 +30,8 @@ def read_norm(edit: Editor, node: fx.Node) -> Norm | None:
     call = is_call(node, "layer_norm", "rms_norm")
     if call is None:
         return _spelled_out(edit, node)
-    k = edit.features(call.args["input"])
     shape = call.args["normalized_shape"]
-    shape = tuple(shape) if isinstance(shape, list | tuple) else (shape,)
-    if k is None or shape != (k,):
+    if not isinstance(call.args["input"], fx.Node) or (isinstance(shape, list | tuple) and len(shape) != 1):
         return None
     if call.kind == "layer_norm":
         return Norm("layer", call.args["input"], call.args["weight"], call.args["bias"], call.args["eps"], (node,))
@@ -53,17 +51,18 @@ def _spelled_out(edit: Editor, node: fx.Node) -> Norm | None:
         scaled = _through_cast(scaled, chain)
         for x, root in _either_way(scaled, "mul"):
             inner = is_call(root, "rsqrt")
-            for mean, eps in _either_way(inner.args["input"], "add") if inner else ():
+            total: Any = inner.args["input"] if inner else None
+            for mean, eps in _either_way(total, "add"):
                 reading = is_call(mean, "mean")
                 square = is_call(reading.args["input"], "pow", "mul") if reading else None
                 if reading is None or square is None or not isinstance(eps, float) or not isinstance(x, fx.Node):
                     continue
                 squared = (square.args["input"], 2 if square.kind == "pow" else x)
                 over = (square.args["input"], square.args["exponent" if square.kind == "pow" else "other"])
-                last = reading.args["dim"] in (-1, [-1], (-1,)) and reading.args["keepdim"] is True and reading.args["dtype"] is None
+                last = reading.args["dim"] in (-1, [-1], (-1,)) and (reading.args["keepdim"], reading.args["dtype"]) == (True, None)
                 if over != squared or square.args["input"] is not x or not last:
                     continue
-                chain += [scaled, root, inner.args["input"], mean, reading.args["input"]]
+                chain += [scaled, root, total, mean, reading.args["input"]]
                 source = _through_cast(x, chain)
                 k = edit.features(source)
                 w = edit.tensor(weight)

@@ -42,7 +42,7 @@ def hoist(edit: Editor, name: Callable[[int], str] | None = None) -> tuple[fx.Gr
         node.replace_all_uses_with(made, delete_user_cb=lambda user: FOLDED not in user.meta)
     for node in reversed(folded):
         graph.erase_node(node)
-    edit.renumber()
+    edit.clean()
     return fx.GraphModule({}, prologue), sources
 
 

@@ -6,7 +6,6 @@ A pattern names kinds ("linear", "gelu"); the table says which call targets are 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ _kind(
     cudnn_enable=True,
 )
 _kind("rms_norm", "input normalized_shape weight eps", F.rms_norm, torch.rms_norm, aten.rms_norm.default, weight=None, eps=None)
-_BATCH_NORM = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": True}
+_BATCH_NORM: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": True}
 _kind(
     "batch_norm",
     "input running_mean running_var weight bias training momentum eps cudnn_enabled",
@@ -61,6 +60,7 @@ _kind(
     pure=False,
     **_BATCH_NORM,
 )
+_target: Any
 # torch.batch_norm and ATen take weight and bias before the running statistics
 for _target in (torch.batch_norm, aten.batch_norm.default):
     _first = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
@@ -75,9 +75,7 @@ _kind("sub", "input other alpha", operator.sub, torch.sub, "sub", aten.sub.Tenso
 _kind("mul", "input other", operator.mul, torch.mul, "mul", aten.mul.Tensor, aten.mul.Scalar)
 _kind("div", "input other rounding_mode", operator.truediv, torch.div, "div", aten.div.Tensor, aten.div.Scalar, rounding_mode=None)
 _kind("neg", "input", operator.neg, torch.neg, "neg", aten.neg.default)
-_kind(
-    "pow", "input exponent", operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar
-)
+_kind("pow", "input exponent", operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar)
 _kind("mean", "input dim keepdim dtype", torch.mean, "mean", aten.mean.dim, keepdim=False, dtype=None)
 _kind("rsqrt", "input", torch.rsqrt, "rsqrt", aten.rsqrt.default)
 _kind("cos", "input", torch.cos, "cos", aten.cos.default)
@@ -153,8 +151,10 @@ def mutates(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
-    if isinstance(target, str):  # a method, or a module; of modules only the check of inputs that torch.export adds is known
-        return (node.op == "call_module" and target != "_guards_fn") or (target.endswith("_") and not target.endswith("__")) or target == "__setitem__"
+    if node.op == "call_module":  # of modules only the check of inputs that torch.export adds is known
+        return target != "_guards_fn"
+    if isinstance(target, str):
+        return (target.endswith("_") and not target.endswith("__")) or target == "__setitem__"
     if target in _IN_PLACE:
         return True
     if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ are not in place
@@ -165,6 +165,6 @@ def mutates(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-_IN_PLACE: set[Callable[..., Any]] = {operator.setitem, operator.delitem} | {
+_IN_PLACE: set[Any] = {operator.setitem, operator.delitem} | {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator) and name != "is_"
 }

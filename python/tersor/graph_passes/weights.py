@@ -44,8 +44,11 @@ def pack_linears(edit: Editor, fmt: Format | None) -> None:
             edit.report.leave("format", node.name, reason)
             continue
         with edit.before(node):
-            made = edit.parts(edit.call(stored_tensors, weight, json.dumps(fmt.to_dict()), stored=True), stored=True)
             specs = fmt.tensors(*weight.meta["val"].shape)
+            # Quantisers look at values, which fake tensors do not have.
+            value = tuple(edit.fake(spec.shape, spec.dtype, weight) for spec in specs)
+            tag = json.dumps(fmt.to_dict())
+            made = edit.parts(edit.call(stored_tensors, weight, tag, stored=True, value=value), stored=True)
             given = {spec.name: part for spec, part in zip(specs, made, strict=True)}
             new = call_ours(edit, fmt.op.name, {"x": x, "bias": bias, "bits": fmt.bits, **given}, like=node)
         edit.replace(node, new)
@@ -105,7 +108,7 @@ def batch_norm_shift(mean: Tensor, factor: Tensor, bias: Tensor | None) -> Tenso
 
 def _batch_norm(edit: Editor, node: fx.Node) -> Found | None:
     call = is_call(node, "batch_norm")
-    layer = call.args["input"] if call else None
+    layer: Any = call.args["input"] if call else None
     if call is None or not _is_layer(layer):
         return None
     a = call.args
@@ -195,17 +198,18 @@ def _fold(edit: Editor, layer: fx.Node, node: fx.Node, factor: Factor, shift: Ca
         f = factor() if callable(factor) else factor
         s = shift() if shift else None
 
-        def bias_of(bias: fx.Node | None) -> fx.Node | None:
+        def bias_of(bias: Any) -> fx.Node | None:
             return None if bias is None and s is None else edit.call(shifted, bias, f, s, dtype, stored=True)
 
         if args is not None:
             scale = edit.call(scaled_rows, args["weight_scale"], f, stored=True)
             new = call_ours(edit, name_of(layer), args | {"weight_scale": scale, "bias": bias_of(args["bias"])}, like=layer)
         else:
-            x, weight, *rest = layer.args
-            bias, *rest = rest or [None]
+            x, weight, bias, *rest = layer.args if len(layer.args) > 2 else (*layer.args, None)
             target: Any = layer.target
-            new = edit.call(target, x, edit.call(scaled_rows, weight, f, stored=True), bias_of(bias), *rest, **layer.kwargs, like=layer)
+            kwargs: dict[str, Any] = dict(layer.kwargs)
+            rows = edit.call(scaled_rows, weight, f, stored=True)
+            new = edit.call(target, x, rows, bias_of(bias), *rest, like=layer, **kwargs)
     edit.replace(node, new)
     edit.graph.erase_node(node)  # BatchNorm is not pure in general
     edit.report.did("fold_scales", f"{layer.name} * {node.name}")

@@ -24,6 +24,7 @@ import compare  # noqa: E402
 import compare_few_bits  # noqa: E402
 import minilm  # noqa: E402
 import target_few_bits as few  # noqa: E402
+import target_graph as graph  # noqa: E402
 import target_int8 as int8  # noqa: E402
 import target_models as models  # noqa: E402
 import torch  # noqa: E402
@@ -166,6 +167,30 @@ def few_bits_targets() -> list[Target]:
 
 
 TARGETS += few_bits_targets()
+TARGETS += [
+    Target("fused MiniLM 8 x 128 tokens: times fp32", lambda: graph.minilm(8, 128)["fp32"], 2.6, needs=VNNI),
+    Target("fused MiniLM 8 x 128 tokens: times fp32 by inductor", lambda: graph.minilm(8, 128)["fp32 inductor"], 2.4, needs=VNNI),
+    Target("fused MiniLM 1 x 16 tokens: times fp32", lambda: graph.minilm(1, 16)["fp32"], 2.8, needs=VNNI),
+    Target("fused MiniLM: mean cosine to fp32", lambda: graph.minilm_cosine()[0], 0.9965),
+    Target(
+        "fused SmolLM2 prefill 128: share of floor + layers",
+        lambda: graph.smollm(False)["of limit"],
+        0.8,
+        needs=VNNI,
+        note=partial(graph.smollm_note, False),
+    ),
+    Target(
+        "fused SmolLM2 decode: share of floor + layers",
+        lambda: graph.smollm(True)["of limit"],
+        0.8,
+        needs=VNNI,
+        note=partial(graph.smollm_note, True),
+    ),
+    Target("fused SmolLM2 prefill 128: times swapped", lambda: graph.smollm(False)["times swapped"], 1.15, needs=VNNI),
+    Target("fused SmolLM2 decode: times swapped", lambda: graph.smollm(True)["times swapped"], 1.15, needs=VNNI),
+    Target("fused SmolLM2: perplexity against swapped, relative difference", graph.perplexity_gap, 0.002, at_most=True),
+    Target("fused MiniLM forward: peak memory over fp32's", graph.peak_of_fp32, 1.0, at_most=True),
+]
 
 
 def measured(target: Target) -> tuple[tuple[str, str, str, str], bool]:

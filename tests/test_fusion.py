@@ -129,7 +129,7 @@ def fires() -> dict[str, tuple[str, Net, int, list[str], float]]:
             ["quantize_rows", "linear_s8", "linear_s8"],
             0.0,
         ),
-        "swiglu": ("glu", Net(swiglu, a=layer(F2), b=layer(F2), c=layer(K, F2)), 1, ["linear_glu", "linear_dynamic"], TIES),
+        "swiglu": ("glu", Net(swiglu, a=layer(F2), b=layer(F2), c=layer(K, F2)), 1, ["linear_glu_quantize", "linear_s8"], TIES),
         "layer norm": ("norm", Net(lambda m, x: m.a(m.norm(x)), norm=norm, a=a), 1, ["norm_quantize", "linear_s8"], TIES),
         "rms norm": ("norm", Net(lambda m, x: m.a(m.norm(x)), norm=rms, a=a), 1, ["norm_quantize", "linear_s8"], TIES),
         "rms norm spelled out": ("norm", Net(spelled_rms, norm=rms, a=a), 1, ["norm_quantize", "linear_s8"], TIES),
@@ -152,8 +152,15 @@ def fires() -> dict[str, tuple[str, Net, int, list[str], float]]:
             "norm",
             Net(lambda m, x: swiglu(m, m.norm(x)), norm=rms, a=layer(F2), b=layer(F2), c=layer(K, F2)),
             1,
-            ["norm_quantize", "linear_glu_s8", "linear_dynamic"],
+            ["norm_quantize", "linear_glu_s8_quantize", "linear_s8"],
             2 * TIES,
+        ),
+        "glu to rows": (
+            "glu_rows",
+            Net(swiglu, a=layer(F2), b=layer(F2), c=layer(K, F2)),
+            1,
+            ["linear_glu_quantize", "linear_s8"],
+            TIES,
         ),
         "dropout": (
             "remove_identities",
@@ -257,6 +264,12 @@ STAYS: dict[str, tuple[str, Net, int, str]] = {
         "different inputs",
     ),
     "glu of odd sizes": ("glu", Net(lambda m, x: F.silu(m.a(x)) * m.b(x), a=layer(40), b=layer(40)), 1, "not whole tiles"),
+    "glu read twice": (
+        "glu_rows",
+        Net(lambda m, x: (g := F.silu(m.a(x)) * m.b(x)) - m.c(g), a=layer(), b=layer(), c=layer()),
+        1,
+        "not one int8 layer alone",
+    ),
     "norm that no layer reads": (
         "norm",
         Net(lambda m, x: m.norm(x).exp() - m.a(x), norm=nn.LayerNorm(K), a=layer()),

@@ -203,7 +203,7 @@ def _join(edit: Editor, layers: list[fx.Node]) -> None:
             "bias": added and concatenated(edit, added),
         }
         whole = call_ours(edit, "linear_dynamic", parts[0] | stored, like=layers[0])
-        split = edit.call(torch.split, whole, sizes, -1)
+        split = edit.call(torch.split_with_sizes, whole, sizes, -1)  # torch.split is Python
         pieces = edit.parts(split)
     names = ", ".join(layer.name for layer in layers)
     if not _views_stay_possible(edit, dict(zip(layers, pieces, strict=True))):
@@ -269,3 +269,26 @@ def on_rows(edit: Editor, layer: fx.Node, rows: list[fx.Node]) -> None:
         given = dict(zip(("q", "scale", "row_sum"), rows, strict=True))
         new = call_ours(edit, ON_ROWS[name_of(layer)], args | given | {"out_dtype": dtype, "dtype": dtype}, like=layer)
     edit.replace(layer, new)
+
+
+def fuse_glu_rows(edit: Editor) -> None:
+    """A GLU that one layer alone reads -> the int8 rows of the product, no float between."""
+    for node in list(edit.graph.nodes):
+        args = ours(node, "linear_glu", "linear_glu_s8")
+        if args is None:
+            continue
+        reader = next(iter(node.users))
+        name = f"{name_of(node)}_quantize"
+        reason = edit.op_runs(ops.OPS[name])
+        if not only_user(node) or ours(reader, "linear_dynamic") is None:
+            reason = "not one int8 layer alone reads it"
+        elif not edit.same_epoch(node, reader):
+            reason = WRITTEN
+        if reason:
+            edit.report.leave("glu_rows", node.name, reason)
+            continue
+        with edit.before(node):
+            rows = edit.parts(call_ours(edit, name, args, like=node))
+        on_rows(edit, reader, rows)
+        edit.report.did("glu_rows", f"{node.name} -> {reader.name}")
+    edit.clean()

@@ -10,7 +10,7 @@ from torch import fx
 from ..formats import Format
 from .cleanup import common_subexpressions, remove_dead, remove_identities
 from .editor import Editor
-from .linears import fuse_activations, fuse_glu, fuse_residuals, fuse_together, share_rows
+from .linears import fuse_activations, fuse_glu, fuse_glu_rows, fuse_residuals, fuse_together, share_rows
 from .norms import fuse_norms
 from .report import FusionReport
 from .weights import fold_scales, pack_linears
@@ -40,6 +40,7 @@ PATTERNS = (
     Pattern("together", fuse_together),
     Pattern("norm", fuse_norms),
     Pattern("share_rows", share_rows),
+    Pattern("glu_rows", fuse_glu_rows),
     Pattern("remove_dead", remove_dead),
 )
 NAMES = tuple(pattern.name for pattern in PATTERNS)

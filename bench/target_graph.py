@@ -25,7 +25,8 @@ def minilm_cosine() -> tuple[float, float]:
 @functools.cache
 def language_models() -> models.LanguageModels:
     torch._dynamo.reset()
-    return models.LanguageModels(2 * models.CONTEXT)
+    # Ties fall to other sides at every layer, so two int8 models differ by chance: 0.3 % of perplexity (one sigma) over 8176 tokens.
+    return models.LanguageModels(16 * models.CONTEXT)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ import compare_few_bits  # noqa: E402
 import minilm  # noqa: E402
 import target_few_bits as few  # noqa: E402
 import target_fused as fused  # noqa: E402
+import target_graph as graph  # noqa: E402
 import target_int8 as int8  # noqa: E402
 import target_models as models  # noqa: E402
 import torch  # noqa: E402
@@ -194,6 +195,34 @@ TARGETS += [
         for m in (1, 64)
     ),
     Target("residual in the epilogue, 1536x384, M = 16: times an add after it", partial(fused.times_add, 16), 1.0, needs=VNNI),
+    Target("fused MiniLM 8 x 128 tokens: times fp32", lambda: graph.minilm(8, 128)["fp32"], 2.6, needs=VNNI),
+    Target("fused MiniLM 8 x 128 tokens: times fp32 by inductor", lambda: graph.minilm(8, 128)["fp32 inductor"], 2.4, needs=VNNI),
+    Target("fused MiniLM 1 x 16 tokens: times fp32", lambda: graph.minilm(1, 16)["fp32"], 2.8, needs=VNNI),
+    Target("fused MiniLM: mean cosine to fp32", lambda: graph.minilm_cosine()[0], 0.9965),
+    Target(
+        "fused SmolLM2 prefill 128: share of floor + layers",
+        lambda: graph.smollm(False)["of limit"],
+        0.8,
+        needs=VNNI,
+        note=partial(graph.smollm_note, False),
+    ),
+    Target(
+        "fused SmolLM2 decode: share of floor + layers",
+        lambda: graph.smollm(True)["of limit"],
+        0.8,
+        needs=VNNI,
+        note=partial(graph.smollm_note, True),
+    ),
+    Target("fused SmolLM2 prefill 128: times swapped", lambda: graph.smollm(False)["times swapped"], 1.15, needs=VNNI),
+    Target("fused SmolLM2 decode: times swapped", lambda: graph.smollm(True)["times swapped"], 1.15, needs=VNNI),
+    Target("fused SmolLM2: perplexity against swapped, relative difference", graph.perplexity_gap, 0.002, at_most=True),
+    Target(
+        "MiniLM by tersor.fuse: peak memory of a forward pass over fp32's",
+        lambda: graph.peak_of_fp32(graph.models.EXPORTED),
+        1.0,
+        at_most=True,
+        note=graph.peak_note,
+    ),
 ]
 
 

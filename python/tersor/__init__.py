@@ -27,6 +27,7 @@ _PUBLIC = {
     "Ternary": "formats",
     "dequantize_": "swap",
     "from_bitnet_": "bitnet",
+    "fuse": "fusion",
     "info": "information",
     "load_": "checkpoint",
     "quantize_": "swap",
@@ -34,15 +35,16 @@ _PUBLIC = {
     "quantize_weights": "swap",
     "save": "checkpoint",
 }
-_SUBMODULES = ("formats", "nn", "numpy", "ops", "parallel", "train")
+_SUBMODULES = ("formats", "fusion", "nn", "numpy", "ops", "parallel", "train")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import formats, nn, numpy, ops, parallel, train
+    from . import formats, fusion, nn, numpy, ops, parallel, train
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseFloat, SparseInt8, Ternary
+    from .fusion import fuse
     from .information import info
     from .nn import QuantLinear
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights

@@ -65,7 +65,9 @@ def test_equals_dense_int8(m: int, n: int, k: int, how: str, density: float):
     for epilogue in ("none", "silu"):
         got = ops.linear_sparse(x, *parts, scale, bias, epilogue)
         assert_equal(got, ops.linear_dynamic(x, ops.from_rows(q), scale, bias, epilogue))
-    assert_equal(ops.linear_sparse.reference(x, *parts, scale, bias), ops.linear_dynamic.reference(x, ops.from_rows(q), scale, bias))
+    assert_equal(
+        ops.linear_sparse.reference(x, *parts, scale, bias), ops.linear_dynamic.reference(x, ops.from_rows(q), scale, bias)
+    )
 
 
 @pytest.mark.parametrize("how", STORAGES)
@@ -320,6 +322,9 @@ def test_only_if_faster_may_choose_dense_int8(monkeypatch, caplog):
     assert repr(model[0].format) == "Int8Dynamic()" and model[0].speedup == {1: 3.0}
     assert "becomes Int8Dynamic(), which is faster here than SparseInt8()" in caplog.text
     seconds["SparseInt8()"] = 0.5
-    assert repr(tersor.quantize_(nn.Sequential(linear(pruned(40, 64, 0.1))), SparseInt8(), only_if_faster=1)[0].format) == "SparseInt8()"
+    assert (
+        repr(tersor.quantize_(nn.Sequential(linear(pruned(40, 64, 0.1))), SparseInt8(), only_if_faster=1)[0].format)
+        == "SparseInt8()"
+    )
     seconds["Linear"] = 0.1
     assert isinstance(tersor.quantize_(nn.Sequential(linear(pruned(40, 64, 0.1))), SparseInt8(), only_if_faster=1)[0], nn.Linear)

@@ -211,8 +211,8 @@ py::array linear_sparse(const py::array& x, const py::array& weight_packed, cons
   w.weight_scale = exact<float>(kName, "weight_scale", weight_scale, {w.N});
   const auto sizes = [](const py::array& a) { return std::vector<int64_t>(a.shape(), a.shape() + a.ndim()); };
   const std::vector<int64_t> packed = sizes(weight_packed), index = sizes(weight_index);
-  tersor::SparseWeights s = tersor::sparse_sizes(kName, {packed.data(), weight_packed.ndim()}, {index.data(), weight_index.ndim()},
-                                                 w.N, w.K);
+  tersor::SparseWeights s =
+      tersor::sparse_sizes(kName, {packed.data(), weight_packed.ndim()}, {index.data(), weight_index.ndim()}, w.N, w.K);
   const int64_t tiles = tersor::ceil_div(w.N, tersor::kTileN);
   s.packed = bytes_of(kName, "weight_packed", weight_packed);
   s.index = bytes_of(kName, "weight_index", weight_index);

@@ -55,8 +55,8 @@ inline const void* aligned(const Tensor& t, Keep* keep) {
 }
 
 // One tensor of exactly this dtype and these sizes, contiguous.
-inline const void* exact(const char* function, const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> sizes,
-                  Keep* keep) {
+inline const void* exact(const char* function, const char* name, const Tensor& t, ScalarType type,
+                         std::initializer_list<int64_t> sizes, Keep* keep) {
   check_plain(function, name, t);
   if (t.scalar_type() != type) {
     fail(function, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",
@@ -77,7 +77,8 @@ inline const void* exact(const char* function, const char* name, const Tensor& t
 }
 
 // One element for each row of `rows` [..., K]: exactly its leading sizes, contiguous.
-inline const void* per_row(const char* function, const char* name, const Tensor& t, ScalarType type, const Tensor& rows, Keep* keep) {
+inline const void* per_row(const char* function, const char* name, const Tensor& t, ScalarType type, const Tensor& rows,
+                           Keep* keep) {
   check_plain(function, name, t);
   const auto have = t.sizes();
   const auto want = rows.sizes();

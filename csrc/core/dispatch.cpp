@@ -22,15 +22,15 @@ namespace tersor {
 namespace {
 
 // One list of features: the bit, its name in messages. Where CPUID reports each is in cpu_features().
-#define TERSOR_FEATURES(X)      \
-  X(kAvx2, "AVX2")              \
-  X(kFma, "FMA")                \
-  X(kF16c, "F16C")              \
-  X(kAvx512F, "AVX512F")        \
-  X(kAvx512Bw, "AVX512BW")      \
-  X(kAvx512Dq, "AVX512DQ")      \
-  X(kAvx512Vl, "AVX512VL")      \
-  X(kAvx512Vnni, "AVX512_VNNI") \
+#define TERSOR_FEATURES(X)                \
+  X(kAvx2, "AVX2")                        \
+  X(kFma, "FMA")                          \
+  X(kF16c, "F16C")                        \
+  X(kAvx512F, "AVX512F")                  \
+  X(kAvx512Bw, "AVX512BW")                \
+  X(kAvx512Dq, "AVX512DQ")                \
+  X(kAvx512Vl, "AVX512VL")                \
+  X(kAvx512Vnni, "AVX512_VNNI")           \
   X(kAvx512Vpopcntdq, "AVX512_VPOPCNTDQ") \
   X(kAvx512Vbmi, "AVX512_VBMI")           \
   X(kAvx512Vbmi2, "AVX512_VBMI2")

@@ -38,8 +38,9 @@ inline constexpr int64_t kGroupUnit = 32;  // a group is a multiple of it
 
 // Sparse weights are s8 (absent = 0). An entry is what an n tile keeps a number of, [offset[t], offset[t + 1]):
 //   tiles    [ entries ][ 64 ] kept tiles; index: u16 k step of each. Blocks of 16 x 4.
-//   masks    [ entries + 64 ] non-zero bytes of all tiles, tile by tile; index: [ Nt ][ Kt ] u64, bit i: byte i of the tile is there
-//   windows  [ entries ][ 64 positions | 64 values ], channel n in bytes 4n .. 4n + 3 of each half, as in a tile; no index. Positions
+//   masks    [ entries + 64 ] non-zero bytes of all tiles, tile by tile; index: [ Nt ][ Kt ] u64, bit i: byte i of the tile is
+//   there windows  [ entries ][ 64 positions | 64 values ], channel n in bytes 4n .. 4n + 3 of each half, as in a tile; no index.
+//   Positions
 //            are the low 7 bits, they count in a window of 128 k. Bit 7 of positions 0..15 are bits 0..15 of where it begins, in
 //            steps of 32 k. A value of 0 is padding.
 // Wherever a kernel reads, it holds what it read of index and offset within the arrays.
@@ -129,7 +130,7 @@ struct GemmArgs {
   int64_t ldy;            // elements
   bool stream_y = false;  // f32 stores go past the caches; y and its rows are aligned to 64 bytes
   const uint8_t* group_scale = nullptr;
-  int64_t group_size = 0;  // a multiple of kGroupUnit that divides K
+  int64_t group_size = 0;                 // a multiple of kGroupUnit that divides K
   const SparseWeights* sparse = nullptr;  // of spmm_s8, in place of weight_packed
 };
 

@@ -381,8 +381,8 @@ const char* linear_weight_only(const KernelTable& kt, int64_t M, const StridedRo
       }
       const float* rows_f32 = direct ? reinterpret_cast<const float*>(at(x, m)) : floats;
       const FloatGemmArgs args{
-          w.N, w.K, rows_f32, ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N), out.dtype, w.N,
-          w.sparse_float};
+          w.N,       w.K, rows_f32,      ldx, w.weight_packed, w.weight_scale, bias, w.activation, row_of(out, m, w.N),
+          out.dtype, w.N, w.sparse_float};
       gemm.run(args, {0, rows, r.t0, r.t1, gemm_scratch});
     }
   };

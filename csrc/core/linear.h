@@ -17,8 +17,8 @@ struct LinearWeights {
   int bits = 8;                          // of a code: 8, 4, 2 or 1
   const uint8_t* group_scale = nullptr;  // 4 bits only; null: one scale for a channel
   int64_t group_size = 0;
-  const float* threshold = nullptr;  // [K] of linear_xnor
-  const SparseWeights* sparse = nullptr;  // in place of weight_packed
+  const float* threshold = nullptr;                  // [K] of linear_xnor
+  const SparseWeights* sparse = nullptr;             // in place of weight_packed
   const SparseFloatWeights* sparse_float = nullptr;  // of linear_weight_only, in place of weight_packed and weight_scale
 };
 

@@ -1,4 +1,5 @@
-// Sparse s8 weights x s8 rows, class I: the sums are those of the dense weight, whatever is stored (SparseStorage in kernel_table.h).
+// Sparse s8 weights x s8 rows, class I: the sums are those of the dense weight, whatever is stored (SparseStorage in
+// kernel_table.h).
 //
 //   for n tile:                       its entries stream once, stay in L1/L2 for the row blocks
 //     for row block (kRows rows):
@@ -19,13 +20,13 @@ constexpr int64_t kSparseRowPad = kSparsePastRow + 64;
 
 struct SparseArgs {
   const GemmArgs* gemm;
-  const char* x;        // first row of the block, prepared
-  int64_t ldx;          // bytes
-  int64_t m, t;         // first row within the arrays, n tile
-  const uint8_t* w;     // first entry of the n tile
+  const char* x;         // first row of the block, prepared
+  int64_t ldx;           // bytes
+  int64_t m, t;          // first row within the arrays, n tile
+  const uint8_t* w;      // first entry of the n tile
   const uint8_t* index;  // k steps of tiles; null: entry i is k step i
   int64_t entries;
-  int64_t last;         // largest index
+  int64_t last;  // largest index
 };
 
 inline int64_t held_index(const uint8_t* index, int64_t i, int64_t last) {

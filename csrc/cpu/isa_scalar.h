@@ -169,9 +169,8 @@ struct Isa {
   static Vi add_s8(Vi acc, Vi packed) {
     int8_t bytes[4 * kLanes];
     __builtin_memcpy(bytes, &packed, sizeof bytes);
-    return each_i([&](int i) {
-      return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]);
-    });
+    return each_i(
+        [&](int i) { return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]); });
   }
 
   // The dot product: kLanes words of four codes, one word of four s8 broadcast, four products added to each lane.
@@ -204,10 +203,9 @@ struct Isa {
   };
 
   // The dot product of sparse weights: s8 words in W, four products added to each lane.
-  //   prepare(q, K, out)     an s8 row in the form load_x reads, kXBytesPerK bytes for an element; prepare_bytes: as lookup reads it
-  //   load_w, load_x, dot4   as in Dot
-  //   dot_bytes(acc, x, w)   the same of a vector of bytes that lookup gave
-  //   kSumShift              sums are too large by the sum of w << kSumShift; negative: they are right
+  //   prepare(q, K, out)     an s8 row in the form load_x reads, kXBytesPerK bytes for an element; prepare_bytes: as lookup reads
+  //   it load_w, load_x, dot4   as in Dot dot_bytes(acc, x, w)   the same of a vector of bytes that lookup gave kSumShift sums are
+  //   too large by the sum of w << kSumShift; negative: they are right
   struct SignedDot {
     using W = Vi;
     using X = Vi;

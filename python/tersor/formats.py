@@ -269,8 +269,7 @@ class BinaryXnor(Binary):
 
 
 FORMATS: dict[str, type[Format]] = {
-    cls.tag: cls
-    for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, Int4, Ternary, Binary, BinaryXnor, SparseInt8, SparseFloat)
+    cls.tag: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, Int4, Ternary, Binary, BinaryXnor, SparseInt8, SparseFloat)
 }
 
 # quantize_weights(num_bits, activations) -> format

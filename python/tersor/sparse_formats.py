@@ -42,7 +42,9 @@ class SparseInt8(Format):
         )
 
     def scales(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"weight_scale": torch.cat([ops.quantize_rows(weight[b:e])[1] for b, e in row_blocks(*weight.shape)] or [weight[:, 0]])}
+        return {
+            "weight_scale": torch.cat([ops.quantize_rows(weight[b:e])[1] for b, e in row_blocks(*weight.shape)] or [weight[:, 0]])
+        }
 
     def steps(self, scales: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         return scales["weight_scale"].unsqueeze(1)

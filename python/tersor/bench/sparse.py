@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,19 +123,19 @@ class SparseBench:
         n, k = layer.weight.shape
         for m in self.rows:
             x = torch.randn(m, k)
-            calls: dict[str, Callable[[], object]] = {
-                name: (lambda f=f: f(x)) for name, f in {FP32: layer, DENSE: dense, **ours}.items()
-            }
+            layers: dict[str, nn.Module] = {FP32: layer, DENSE: dense, **ours}
+            calls: dict[str, Callable[[], object]] = {name: functools.partial(f, x) for name, f in layers.items()}
             for name in self.others:
                 try:
                     calls[name] = other(name, layer, x)
                 except (ImportError, RuntimeError) as reason:
                     self._skip(f"{name}: {reason}")
+            both: dict[str, tuple[Timing, Timing | None]] = {}
             if m == 1:
-                both = hot_and_cold(calls, evict, self.rounds)
+                both |= hot_and_cold(calls, evict, self.rounds)
             else:
                 noise = self.noise if self.threads == 1 else None
-                both = {a: (t, None) for a, t in interleaved(calls, self.rounds, 0.01, noise=noise).items()}
+                both |= {a: (t, None) for a, t in interleaved(calls, self.rounds, 0.01, noise=noise).items()}
             for name, (timing, cold) in both.items():
                 times = (both[DENSE][0].best / timing.best, both[FP32][0].best / timing.best)
                 yield SparseRow(k, n, m, pattern, sparsity, name, timing, cold, stored.get(name, float("nan")), *times)
@@ -156,7 +157,7 @@ def other(name: str, layer: nn.Linear, x: Tensor) -> Callable[[], object]:
     if name == SCIPY:
         if importlib.util.find_spec("scipy") is None:
             raise ImportError("the package scipy is not installed")
-        from scipy.sparse import csr_array
+        from scipy.sparse import csr_array  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
         matrix, xn, bn = csr_array(layer.weight.detach().numpy()), x.numpy(), bias.detach().numpy()
         return lambda: (matrix @ xn.T).T + bn
@@ -176,7 +177,7 @@ def chosen(layer: nn.Linear, fmt: Format, m: int) -> Format | None:
     """What only_if_faster makes of the layer at M rows."""
     from ..swap import quantize_
 
-    made = quantize_(nn.Sequential(layer), fmt, only_if_faster=m)[0]
+    made = next(iter(quantize_(nn.Sequential(layer), fmt, only_if_faster=m).children()))
     return made.format if isinstance(made, QuantLinear) else None
 
 

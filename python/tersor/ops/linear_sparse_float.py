@@ -1,8 +1,8 @@
 """Linear layer on sparse float weights, and how these are stored.
 
-    weight_packed  uint8 [Z, 4]     the non-zeros of channel after channel, each in ascending order of k: bytes of float32
-    weight_index   uint8 [Z, 2]     k of each, little-endian
-    weight_offset  int64 [N + 1]    those of channel n are [offset[n], offset[n + 1])
+weight_packed  uint8 [Z, 4]     the non-zeros of channel after channel, each in ascending order of k: bytes of float32
+weight_index   uint8 [Z, 2]     k of each, little-endian
+weight_offset  int64 [N + 1]    those of channel n are [offset[n], offset[n + 1])
 """
 
 from __future__ import annotations
@@ -113,9 +113,11 @@ def linear_sparse_float(
     bias     float [N] or None
     returns  dtype of x, [..., N]
 
-    What x holds where a channel has no weight is not looked at: a NaN or inf there stays without effect. The order of the sums is the kernel's own: |error| <= 2 Z eps sum_k |x w| with Z non-zeros in the channel (class F of
-    docs/numerics.md). The structure is checked where a file is read, not here: a wrong one gives wrong numbers, never a read
-    outside the tensors. Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias.
+    What x holds where a channel has no weight is not looked at: a NaN or inf there stays without effect. The order of the sums is
+    the kernel's own: |error| <= 2 Z eps sum_k |x w| with Z non-zeros in the channel (class F of docs/numerics.md). The structure is
+    checked where a file is read, not here: a wrong one gives wrong numbers, never a read outside the tensors.
+
+    Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias.
     """
     _check(x, weight_packed, weight_index, weight_offset, bias, epilogue)
     n = weight_offset.shape[0] - 1

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 
 def storage_of(weight_packed: Tensor, weight_index: Tensor) -> str:
-    """"tiles", "masks" or "windows" by the shapes, or "" where they are none of these."""
+    """ "tiles", "masks" or "windows" by the shapes, or "" where they are none of these."""
     dims = (weight_packed.dim(), weight_index.dim())
     if dims == (2, 2) and weight_packed.shape[1] == TILE_BYTES and weight_index.shape[1] == 2:
         return "tiles"
@@ -127,7 +127,11 @@ def _windows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         active.append(works)
         done += inside.sum(1)
     if not entries:
-        return torch.zeros((0, 2 * TILE_BYTES), dtype=torch.uint8, device=device), no_index, _offsets(torch.zeros(nt, dtype=torch.int64, device=device))
+        return (
+            torch.zeros((0, 2 * TILE_BYTES), dtype=torch.uint8, device=device),
+            no_index,
+            _offsets(torch.zeros(nt, dtype=torch.int64, device=device)),
+        )
     works = torch.stack(active)  # [turn, n tile]
     tile = torch.arange(nt, device=device).expand(works.shape)[works]
     order = tile.sort(stable=True).indices

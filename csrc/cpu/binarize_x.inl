@@ -5,18 +5,29 @@ namespace {
 
 constexpr int kMeanLanes = 64;  // sums of |x - threshold|, lane k mod 64: the same on every instruction set
 
-// Within a word element k stands at bit k. A 1-bit tile wants k = 4j + b at bit 8b + j: the five bits of the index, (j2 j1 j0 b1
-// b0) from the top, become (b1 b0 j2 j1 j0). Each step below exchanges two bits of the index, in two words at once.
-inline uint64_t to_tile_order(uint64_t words) {
-  auto exchange = [&](int distance, uint64_t mask) {
-    const uint64_t differ = (words >> distance ^ words) & mask;
-    words ^= differ ^ differ << distance;
-  };
-  exchange(3, 0x0a0a0a0a0a0a0a0a);   // index bits 0 and 2
-  exchange(6, 0x00cc00cc00cc00cc);   // 1 and 3
-  exchange(12, 0x0000f0f00000f0f0);  // 2 and 4
-  exchange(8, 0x0000ff000000ff00);   // 3 and 4
-  return words;
+// Comparisons leave element k of a word at bit k. A 1-bit tile wants k = 4j + b at bit 8b + j: the five bits of the index, (j2 j1
+// j0 b1 b0) from the top, become (b1 b0 j2 j1 j0). Each step exchanges two bits of the index.
+template <int kDistance>
+Vi exchange(Vi words, int32_t mask) {
+  const Vi differ = Isa::and_i(Isa::xor_i(Isa::shr<kDistance>(words), words), Isa::set1_i(mask));
+  return Isa::xor_i(words, Isa::xor_i(differ, Isa::shl<kDistance>(differ)));
+}
+inline Vi to_tile_order(Vi words) {
+  words = exchange<3>(words, 0x0a0a0a0a);   // index bits 0 and 2
+  words = exchange<6>(words, 0x00cc00cc);   // 1 and 3
+  words = exchange<12>(words, 0x0000f0f0);  // 2 and 4
+  return exchange<8>(words, 0x0000ff00);    // 3 and 4
+}
+inline void to_tile_order(uint8_t* bits, int64_t bytes) {
+  constexpr int64_t kVecBytes = 4 * Isa::kLanes;
+  int64_t i = 0;
+  for (; i + kVecBytes <= bytes; i += kVecBytes) Isa::store_i(bits + i, to_tile_order(Isa::load_i(bits + i)));
+  if (i < bytes) {
+    uint8_t last[kVecBytes] = {};
+    __builtin_memcpy(last, bits + i, static_cast<size_t>(bytes - i));
+    Isa::store_i(last, to_tile_order(Isa::load_i(last)));
+    __builtin_memcpy(bits + i, last, static_cast<size_t>(bytes - i));
+  }
 }
 
 // The 64 sums in a tree: runs of 16 lanes first, then halves.
@@ -48,7 +59,6 @@ void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bit
       const int64_t at = k + v * Isa::kLanes;
       words |= add(v, load_as(x, kDtype, at), Isa::load(threshold + at));
     }
-    words = to_tile_order(words);
     __builtin_memcpy(bits + k / 8, &words, 8);
   }
   if (k < K) {
@@ -59,9 +69,10 @@ void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bit
       words |= add(v, whole ? load_as(x, kDtype, at) : load_tail(x, kDtype, at, K),
                    whole ? Isa::load(threshold + at) : load_tail(threshold, Dtype::f32, at, K));
     }
-    words = to_tile_order(words & ((uint64_t{1} << (K - k)) - 1));  // pads compare as 0 >= 0
+    words &= (uint64_t{1} << (K - k)) - 1;  // pads compare as 0 >= 0
     __builtin_memcpy(bits + k / 8, &words, K - k > 32 ? 8 : 4);
   }
+  to_tile_order(bits, ceil_div(K, 32) * 4);
 
   float lanes[kMeanLanes];
 #pragma GCC unroll 16

@@ -17,20 +17,7 @@ from torch.nn.functional import gelu
 
 import tersor
 import tersor.ops as ops
-from tersor import (
-    Binary,
-    BinaryXnor,
-    Int4,
-    Int8Dynamic,
-    Int8Static,
-    Int8WeightOnly,
-    QuantLinear,
-    SparseFloat,
-    SparseInt8,
-    Ternary,
-    formats,
-    train,
-)
+from tersor import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, QuantLinear, Ternary, formats, train
 from tersor.formats import Format
 from tersor.train import QATLinear
 
@@ -45,7 +32,7 @@ FORMATS: list[Format] = [
     Ternary("tensor"),
     Binary(),
     BinaryXnor(),
-    SparseInt8(),
+    tersor.SparseInt8(),
 ]
 
 
@@ -88,7 +75,7 @@ def close(got: Tensor, want: Tensor, layer: QATLinear, x: Tensor) -> None:
 
 
 def test_every_format_can_be_trained():
-    assert {*train.ESTIMATORS, SparseFloat} == set(formats.FORMATS.values())  # which rounds nothing
+    assert {*train.ESTIMATORS, tersor.SparseFloat} == set(formats.FORMATS.values())  # which rounds nothing
     assert {type(fmt) for fmt in FORMATS} == set(train.ESTIMATORS)
 
 

@@ -28,13 +28,14 @@ import target_fused as fused  # noqa: E402
 import target_graph as graph  # noqa: E402
 import target_int8 as int8  # noqa: E402
 import target_models as models  # noqa: E402
+import target_sparse as sparse  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-VNNI, POPCOUNT, AVX2 = "avx512_vnni", "avx512_vpopcntdq", "avx2"
+VNNI, POPCOUNT, AVX2, VBMI = "avx512_vnni", "avx512_vpopcntdq", "avx2", "avx512_vbmi2"
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,51 @@ TARGETS += [
         note=graph.peak_note,
     ),
 ]
+
+
+def sparse_targets() -> list[Target]:
+    """Rows of pruned layers, 4096 x 4096 where no other size is named."""
+    where = "SparseInt8 unstructured, 80, 90, 95 % zeros, M = 1, hot"
+    block = "SparseInt8 of 16 x 4 blocks"
+    found = [
+        Target(f"{where}: times dense int8, worst", partial(sparse.one_row, "int8"), 2.0, needs=VBMI, note=sparse.one_row_note),
+        Target(f"{where}: times fp32, worst", partial(sparse.one_row, "fp32"), 14.0, needs=VBMI),
+        Target("SparseInt8 unstructured, 90 % zeros: bytes stored over dense int8", sparse.stored_share, 0.24, at_most=True),
+        Target(
+            f"{block}, M = 1: time over density x dense int8, worst of 80 and 90 % zeros",
+            sparse.block_time_over_density,
+            1.15,
+            at_most=True,
+            needs=VNNI,
+            note=sparse.block_note,
+        ),
+        Target(f"{block}, 80 % zeros, M = 64: times dense int8", partial(sparse.block_rows, 0.8), 3.3, needs=VNNI),
+        Target(f"{block}, 90 % zeros, M = 64: times dense int8", partial(sparse.block_rows, 0.9), 5.0, needs=VNNI),
+        Target("SparseFloat, 90 % zeros: times the best of torch CSR and scipy, worst of 4", sparse.float_times_best_other, 1.5),
+        Target("SparseFloat, 95 % zeros, M = 64: times dense int8, worst of 2", sparse.float_times_int8, 1.0, needs=VNNI),
+        Target("only_if_faster on SparseInt8: chosen / fastest, worst of 12", sparse.wrong_choices, 1.05, at_most=True),
+    ]
+    for k, m, zeros, bound in (
+        (1024, 64, 0.9, 4.0),
+        (4096, 64, 0.9, 3.2),
+        (1024, 256, 0.9, 3.0),
+        (4096, 256, 0.9, 3.0),
+        (1024, 64, 0.95, 7.0),
+        (4096, 64, 0.95, 7.0),
+    ):
+        found.append(
+            Target(
+                f"SparseFloat {k} x 4096, {zeros:.0%} zeros, M = {m}: times fp32",
+                partial(sparse.float_times_fp32, k, m, zeros),
+                bound,
+                needs=VNNI,
+                note=partial(sparse.float_note, k, m, zeros),
+            )
+        )
+    return found
+
+
+TARGETS += sparse_targets()
 
 
 def measured(target: Target) -> tuple[tuple[str, str, str, str], bool]:

@@ -45,7 +45,7 @@ FORMATS: list[Format] = [
     Ternary("tensor"),
     Binary(),
     BinaryXnor(),
-    SparseInt8(),
+    tersor.SparseInt8(),
 ]
 
 
@@ -88,7 +88,7 @@ def close(got: Tensor, want: Tensor, layer: QATLinear, x: Tensor) -> None:
 
 
 def test_every_format_can_be_trained():
-    assert {*train.ESTIMATORS, SparseFloat} == set(formats.FORMATS.values())  # which rounds nothing
+    assert {*train.ESTIMATORS, tersor.SparseFloat} == set(formats.FORMATS.values())  # which rounds nothing
     assert {type(fmt) for fmt in FORMATS} == set(train.ESTIMATORS)
 
 

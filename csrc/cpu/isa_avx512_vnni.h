@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "expand_table.h"
+#include "isa_expand_table.h"
 
 namespace tersor::TERSOR_ISA {
 namespace {

@@ -46,7 +46,14 @@ class Choice:
 
     def times(self, linear: nn.Linear, fmt: Format, rows: tuple[int, ...]) -> dict[int, tuple[float, float]]:
         """{M: (seconds of the float layer, seconds of the packed one)}."""
-        key = (tuple(linear.weight.shape), linear.weight.dtype, linear.bias is None, fmt, rows, torch.get_num_threads())
+        key: tuple[Any, ...] = (
+            tuple(linear.weight.shape),
+            linear.weight.dtype,
+            linear.bias is None,
+            fmt,
+            rows,
+            torch.get_num_threads(),
+        )
         if not fmt.by_rows:  # the time of a sparse layer follows from its zeros
             key = (*key, id(linear.weight))
             self._alive.append(linear.weight)

@@ -1,5 +1,5 @@
-// Sparse weights: the drivers against the dense integer sums (class I and E) and a sum in double (class F), and bytes that no weight
-// gives, which must not lead a kernel outside of its arrays. Every buffer ends where its data end.
+// Sparse weights: the drivers against the dense integer sums (class I and E) and a sum in double (class F), and bytes that no
+// weight gives, which must not lead a kernel outside of its arrays. Every buffer ends where its data end.
 #include "problem.h"
 
 namespace tersor::test {

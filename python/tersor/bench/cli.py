@@ -195,3 +195,67 @@ def linear(
         write_csv(csv_path, measured)
     if plot_path:
         _or_exit(lambda: plot_roofline(plot_path, measured, limits.with_threads(threads), title))
+
+
+@bench.command()
+@click.option("--m", "rows", type=Numbers(), default="1,16,64,256", show_default=True, help="Rows of the input.")
+@click.option("--k", type=click.IntRange(1), default=4096, show_default=True, help="Input features.")
+@click.option("--n", type=click.IntRange(1), default=4096, show_default=True, help="Output features.")
+@click.option("--patterns", default="unstructured,16x4,2:4", show_default=True, help="Where the zeros are.")
+@click.option("--percent", type=Numbers(), default="50,60,70,80,90,95,98", show_default=True, help="Shares of zeros.")
+@click.option("--ours-only", is_flag=True, help="Leave torch's CSR and scipy out.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rounds", type=click.IntRange(3), default=5, show_default=True, help="Times each contender is measured.")
+@click.option("--csv", "csv_path", callback=_output_file, metavar="FILE", help="Write the rows as CSV.")
+@click.option("--plot", "plot_path", callback=_output_file, metavar="FILE", help="Draw speed-up over sparsity (png, svg or pdf).")
+def sparse(
+    rows: tuple[int, ...],
+    k: int,
+    n: int,
+    patterns: str,
+    percent: tuple[int, ...],
+    ours_only: bool,
+    threads: int,
+    rounds: int,
+    csv_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Time a layer with more and more zeros: SparseInt8 and SparseFloat against dense int8, fp32, torch's CSR and scipy.
+
+    \b
+    tersor bench sparse --m 1,64 --percent 80,90,95 --patterns unstructured,16x4
+
+    At M = 1 times are hot: 19 calls in a row after a first one; the CSV has those after a flush of the caches beside them.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .output import write_csv
+    from .sparse import OTHERS, PATTERNS, SparseBench, break_even, markdown, plot
+
+    kinds = tuple(name.strip() for name in patterns.split(","))
+    if unknown := [kind for kind in kinds if kind not in PATTERNS]:
+        raise click.BadParameter(f"{unknown[0]!r}, expected some of: {', '.join(PATTERNS)}", param_hint="--patterns")
+    if max(percent) > 100:
+        raise click.BadParameter(f"{max(percent)} is above 100", param_hint="--percent")
+    others = () if ours_only else OTHERS
+    run = SparseBench((k, n), rows, kinds, tuple(p / 100 for p in percent), others, threads, rounds)
+    measured: list[Any] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("weights", total=len(run.cases()))
+        _or_exit(lambda: measured.extend(run.run(on_case=lambda: progress.advance(task))))
+    title = f"{machine_name()}, {threads} thread(s), K={k}, N={n}, float32 in and out"
+    click.echo(f"{title}\n\n{markdown(measured)}\n")
+    for kind in kinds:
+        for m in rows:
+            for name, against in (("sparse int8", "int8"), ("sparse float", "fp32")):
+                at = break_even(measured, kind, m, name, against)
+                click.echo(f"{kind}, M={m}: {name} is faster than {against} {f'from {at:.0%} on' if at else 'nowhere here'}")
+    for reason in run.skipped:
+        click.echo(f"skipped: {reason}")
+    if warning := run.noise.warning():
+        click.echo(f"warning: {warning}", err=True)
+    if csv_path:
+        write_csv(csv_path, measured)
+    if plot_path:
+        _or_exit(lambda: plot(plot_path, measured, title))

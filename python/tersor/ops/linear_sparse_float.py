@@ -18,6 +18,7 @@ from .epilogues import EPILOGUES, check_epilogue
 from .sparse_storage import as_u16, owners, u16_bytes
 
 MAX_K = 65536  # what two bytes of index reach
+_BLOCK = 1 << 14  # entries multiplied at a time
 
 
 class FloatParts(NamedTuple):
@@ -112,15 +113,20 @@ def linear_sparse_float(
     bias     float [N] or None
     returns  dtype of x, [..., N]
 
-    The order of the sums is the kernel's own: |error| <= 2 Z eps sum_k |x w| with Z non-zeros in the channel (class F of
-    docs/numerics.md). The structure is checked where a file is read, not here: a wrong one gives wrong numbers, never a read
-    outside the tensors. Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias.
+    What x holds where a channel has no weight is not looked at: a NaN or inf there stays without effect. The order of the sums is
+    the kernel's own: |error| <= 2 Z eps sum_k |x w| with Z non-zeros in the channel (class F of docs/numerics.md). The structure is
+    checked where a file is read, not here: a wrong one gives wrong numbers, never a read outside the tensors.
+
+    Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias.
     """
     _check(x, weight_packed, weight_index, weight_offset, bias, epilogue)
-    n, k = weight_offset.shape[0] - 1, x.shape[-1]
+    n = weight_offset.shape[0] - 1
     xf = as_rows(x).float()
-    with torch.autocast(x.device.type, enabled=False):
-        y = torch.mm(xf, sparse_float_rows(weight_packed, weight_index, weight_offset, k).t())
+    values = weight_packed.clone(memory_format=torch.contiguous_format).view(torch.float32).reshape(-1)
+    channel, at = owners(weight_offset, len(values)), as_u16(weight_index)
+    y = torch.zeros((xf.shape[0], n), dtype=torch.float32, device=x.device)
+    for part in (slice(i, i + _BLOCK) for i in range(0, len(values), _BLOCK)):
+        y.index_add_(1, channel[part], xf[:, at[part]] * values[part])
     if bias is not None:
         y = y + bias.float()
     return EPILOGUES[epilogue](y).to(x.dtype).reshape(*x.shape[:-1], n)

@@ -1,0 +1,107 @@
+"""Measurements of bench/targets.py on sparse layers; each runs once, however many rows read it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from tersor.bench.sparse import CSR, CSR_LINEAR, DENSE, FLOAT, FP32, INT8, SCIPY, SparseBench, SparseRow, chosen
+from tersor.formats import SparseInt8
+
+HIGH = (0.8, 0.9, 0.95)
+
+
+@functools.cache
+def points(k: int = 4096) -> dict[tuple[str, float, int, str], SparseRow]:
+    """(pattern, sparsity, M, contender) -> row of a random layer K x 4096."""
+    bench = SparseBench((k, 4096), (1, 64, 256), ("unstructured", "16x4"), HIGH, others=(), rounds=7)
+    return {(r.pattern, r.sparsity, r.m, r.name): r for r in bench.run()}
+
+
+@functools.cache
+def beside_others(k: int) -> dict[tuple[int, str], SparseRow]:
+    """(M, contender) -> row at 90 %, unstructured, with those that are not ours: they take most of the time."""
+    return {(r.m, r.name): r for r in SparseBench((k, 4096), (64, 256), ("unstructured",), (0.9,), rounds=3).run()}
+
+
+def one_row(against: str) -> float:
+    """Unstructured SparseInt8 at M = 1, hot: times `against`, worst of three sparsities."""
+    rows = [points()["unstructured", s, 1, INT8] for s in HIGH]
+    return min(r.times_int8 if against == DENSE else r.times_fp32 for r in rows)
+
+
+def one_row_note() -> str:
+    rows = [(s, points()["unstructured", s, 1, INT8], points()["unstructured", s, 1, DENSE]) for s in HIGH]
+    return ", ".join(
+        f"{s:.0%}: hot {r.timing.best * 1e6:.0f} us of {d.timing.best * 1e6:.0f}, cold {r.cold.best * 1e6:.0f} of "
+        f"{d.cold.best * 1e6:.0f}"
+        for s, r, d in rows
+        if r.cold and d.cold
+    )
+
+
+def stored_share() -> float:
+    return points()["unstructured", 0.9, 1, INT8].of_dense
+
+
+def block_time_over_density() -> float:
+    """At M = 1, hot: time over (density x time of dense int8), the worse of 80 and 90 % zeros."""
+    return max(1 / points()["16x4", s, 1, INT8].times_int8 / (1 - s) for s in (0.8, 0.9))
+
+
+def block_note() -> str:
+    found = [(s, 1 / points()["16x4", s, 1, INT8].times_int8 / (1 - s)) for s in (0.8, 0.9)]
+    return ", ".join(f"{s:.0%}: {share:.2f}" for s, share in found)
+
+
+def block_rows(sparsity: float) -> float:
+    return points()["16x4", sparsity, 64, INT8].times_int8
+
+
+def float_times_fp32(k: int, m: int, sparsity: float) -> float:
+    return points(k)["unstructured", sparsity, m, FLOAT].times_fp32
+
+
+def float_note(k: int, m: int, sparsity: float) -> str:
+    us = {name: points(k)["unstructured", sparsity, m, name].timing.best * 1e6 for name in (FLOAT, FP32)}
+    return f"{us[FLOAT]:.0f} us, fp32 {us[FP32]:.0f} us"
+
+
+def float_times_best_other() -> float:
+    """At 90 %, worst of M = 64, 256 and K = 1024, 4096: time of the best of torch's CSR and scipy / ours."""
+    worst = float("inf")
+    for k in (1024, 4096):
+        for m in (64, 256):
+            at = {name: beside_others(k).get((m, name)) for name in (FLOAT, CSR, CSR_LINEAR, SCIPY)}
+            ours = at.pop(FLOAT)
+            assert ours is not None
+            worst = min(worst, min(r.timing.best for r in at.values() if r) / ours.timing.best)
+    return worst
+
+
+def float_times_int8() -> float:
+    """SparseFloat at 95 %, M = 64: times dense int8, the worse of K = 1024 and 4096."""
+    return min(points(k)["unstructured", 0.95, 64, FLOAT].times_int8 for k in (1024, 4096))
+
+
+@torch.no_grad()
+def wrong_choices() -> float:
+    """only_if_faster on SparseInt8: time of what it chose / of the fastest of sparse, dense int8 and float, worst."""
+    from tersor import QuantLinear
+    from tersor.bench.sparse import pruned
+    from tersor.bench.timing import interleaved
+    from tersor.formats import Int8Dynamic
+
+    worst = 0.0
+    for sparsity in (0.5, 0.7, 0.8, 0.95):
+        layer = nn.Linear(1024, 1024)
+        layer.weight = nn.Parameter(pruned(layer.weight.detach(), "unstructured", sparsity))
+        for m in (1, 16, 256):
+            x = torch.randn(m, 1024)
+            layers = {None: layer, **{f: QuantLinear.from_linear(layer, f) for f in (SparseInt8(), Int8Dynamic())}}
+            times = interleaved({repr(f): functools.partial(q, x) for f, q in layers.items()}, rounds=9, seconds=0.01)
+            best = min(t.best for t in times.values())
+            worst = max(worst, times[repr(chosen(layer, SparseInt8(), m))].best / best)
+    return worst

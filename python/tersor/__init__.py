@@ -17,16 +17,23 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Binary": "formats",
     "BinaryXnor": "formats",
+    "Block": "pruning_patterns",
+    "CubicSchedule": "pruning_patterns",
     "Int4": "formats",
     "Int8Dynamic": "formats",
     "Int8Static": "formats",
     "Int8WeightOnly": "formats",
+    "NM": "pruning_patterns",
+    "Pruner": "pruning",
     "QuantLinear": "nn",
     "Ternary": "formats",
+    "Unstructured": "pruning_patterns",
     "dequantize_": "swap",
+    "finalize_": "pruning",
     "from_bitnet_": "bitnet",
     "info": "information",
     "load_": "checkpoint",
+    "prune_": "pruning",
     "quantize_": "swap",
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
@@ -43,6 +50,8 @@ if TYPE_CHECKING:
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, Ternary
     from .information import info
     from .nn import QuantLinear
+    from .pruning import Pruner, finalize_, prune_
+    from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights
 
 

@@ -143,11 +143,12 @@ class Pruner:
 
     def step(self) -> bool:
         """Counts one step, after that of the optimizer, and prunes further where the schedule says so. Returns whether it did."""
-        self._step += 1
-        if self.schedule is None or not self.schedule.due(self._step):
-            return False
-        self._prune(self.schedule.progress(self._step), None)
-        return True
+        now = self._step + 1
+        due = self.schedule is not None and self.schedule.due(now)
+        if self.schedule is not None and due:
+            self._prune(self.schedule.progress(now), None)
+        self._step = now
+        return due
 
     def sparsity(self, fqn: str | None = None) -> float:
         """Share of zeros in the weights of all pruned layers, or of the one named `fqn`."""
@@ -290,7 +291,7 @@ def _plan(
             continue
         if group.pattern != wanted:
             raise ValueError(
-                f"prune_: {spot.fqn} and {group.fqns[0]} share a weight, but are given {wanted!r} and {group.pattern!r}"
+                f"prune_: {group.fqns[0]} and {spot.fqn} share a weight, but are given {group.pattern!r} and {wanted!r}"
             )
         if layer not in group.layers:
             group.fqns.append(spot.fqn)

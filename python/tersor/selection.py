@@ -67,7 +67,8 @@ class Rules(Generic[V]):
         for key, value in entries.items():
             if not isinstance(key, str):
                 raise TypeError(f"{function}: config key {key!r} is not a string")
-            if value is not None and not isinstance(value, task.kind):
+            fits = value is None or isinstance(value, task.kind)
+            if not fits:
                 raise TypeError(f"{function}: config[{key!r}] is {value!r}, expected {task.example}, or None")
             if key == "_default":
                 self.default = value

@@ -89,7 +89,7 @@ def table(scores: dict[str, Score], pattern: Pattern, pairs: int) -> Table:
 
     out = Table(
         title=f"all-MiniLM-L6-v2, {pattern!r} at once, {machine_name()}, torch {torch.__version__}",
-        caption=f"embeddings of {pairs} queries and {pairs} documents against the dense model's; calibrated on {CALIBRATION} others",
+        caption=f"embeddings of {pairs} queries and documents against the dense model's; calibrated on {CALIBRATION} others",
     )
     for column in ("", "zeros", "mean cosine", "worst", "same top-1", "R@1"):
         out.add_column(column, justify="right" if column else "left")

@@ -5,18 +5,29 @@ namespace {
 
 constexpr int kMeanLanes = 64;  // sums of |x - threshold|, lane k mod 64: the same on every instruction set
 
-// Within a word element k stands at bit k. A 1-bit tile wants k = 4j + b at bit 8b + j: the five bits of the index, (j2 j1 j0 b1
-// b0) from the top, become (b1 b0 j2 j1 j0). Each step below exchanges two bits of the index.
-inline uint32_t to_tile_order(uint32_t word) {
-  auto exchange = [&](int distance, uint32_t mask) {
-    const uint32_t differ = (word >> distance ^ word) & mask;
-    word ^= differ ^ differ << distance;
-  };
-  exchange(3, 0x0a0a0a0a);   // index bits 0 and 2
-  exchange(6, 0x00cc00cc);   // 1 and 3
-  exchange(12, 0x0000f0f0);  // 2 and 4
-  exchange(8, 0x0000ff00);   // 3 and 4
-  return word;
+// Comparisons leave element k of a word at bit k. A 1-bit tile wants k = 4j + b at bit 8b + j: the five bits of the index, (j2 j1
+// j0 b1 b0) from the top, become (b1 b0 j2 j1 j0). Each step exchanges two bits of the index.
+template <int kDistance>
+Vi exchange(Vi words, int32_t mask) {
+  const Vi differ = Isa::and_i(Isa::xor_i(Isa::shr<kDistance>(words), words), Isa::set1_i(mask));
+  return Isa::xor_i(words, Isa::xor_i(differ, Isa::shl<kDistance>(differ)));
+}
+inline Vi to_tile_order(Vi words) {
+  words = exchange<3>(words, 0x0a0a0a0a);   // index bits 0 and 2
+  words = exchange<6>(words, 0x00cc00cc);   // 1 and 3
+  words = exchange<12>(words, 0x0000f0f0);  // 2 and 4
+  return exchange<8>(words, 0x0000ff00);    // 3 and 4
+}
+inline void to_tile_order(uint8_t* bits, int64_t bytes) {
+  constexpr int64_t kVecBytes = 4 * Isa::kLanes;
+  int64_t i = 0;
+  for (; i + kVecBytes <= bytes; i += kVecBytes) Isa::store_i(bits + i, to_tile_order(Isa::load_i(bits + i)));
+  if (i < bytes) {
+    uint8_t last[kVecBytes] = {};
+    __builtin_memcpy(last, bits + i, static_cast<size_t>(bytes - i));
+    Isa::store_i(last, to_tile_order(Isa::load_i(last)));
+    __builtin_memcpy(bits + i, last, static_cast<size_t>(bytes - i));
+  }
 }
 
 // The 64 sums in a tree: runs of 16 lanes first, then halves.
@@ -31,54 +42,47 @@ inline float add_lanes(float (&sums)[kMeanLanes]) {
 template <Dtype kDtype>
 void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bits, float* scale) {
   constexpr int kVecs = kMeanLanes / Isa::kLanes;
-  const Vi magnitude = Isa::set1_i(0x7fffffff);
   const Vf share = Isa::set1(1.0f / static_cast<float>(K));
   Vf sums[kVecs];
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) sums[v] = Isa::set1(0.0f);
-  Vi largest = Isa::zero_i();
 
-  uint32_t words[kMeanLanes / 32];
   auto add = [&](int v, Vf value, Vf limit) __attribute__((always_inline)) {
-    largest = Isa::max_i(largest, Isa::and_i(Isa::bits(value), magnitude));
     sums[v] = Isa::add(sums[v], Isa::mul(abs_(Isa::sub(value, limit)), share));
-    words[v * Isa::kLanes / 32] |= Isa::mask_ge(value, limit) << v * Isa::kLanes % 32;
+    return static_cast<uint64_t>(Isa::mask_ge(value, limit)) << v * Isa::kLanes;
   };
-  for (int64_t k = 0; k < K; k += kMeanLanes) {
-    words[0] = words[1] = 0;
-    if (k + kMeanLanes <= K) {
+  int64_t k = 0;
+  for (; k + kMeanLanes <= K; k += kMeanLanes) {
+    uint64_t words = 0;
 #pragma GCC unroll 16
-      for (int v = 0; v < kVecs; ++v) {
-        const int64_t at = k + v * Isa::kLanes;
-        add(v, load_as(x, kDtype, at), Isa::load(threshold + at));
-      }
-    } else {
-      for (int v = 0; v < kVecs && k + v * Isa::kLanes < K; ++v) {
-        const int64_t at = k + v * Isa::kLanes;
-        const bool whole = at + Isa::kLanes <= K;
-        add(v, whole ? load_as(x, kDtype, at) : load_tail(x, kDtype, at, K),
-            whole ? Isa::load(threshold + at) : load_tail(threshold, Dtype::f32, at, K));
-      }
-      for (int w = 0; w < 2; ++w) {  // pads compare as 0 >= 0
-        const int64_t left = K - k - 32 * w;
-        if (left < 32) words[w] &= left > 0 ? (uint32_t{1} << left) - 1 : 0;
-      }
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = k + v * Isa::kLanes;
+      words |= add(v, load_as(x, kDtype, at), Isa::load(threshold + at));
     }
-    for (int w = 0; w < 2 && k + 32 * w < K; ++w) {
-      const uint32_t word = to_tile_order(words[w]);
-      __builtin_memcpy(bits + (k / 32 + w) * 4, &word, 4);
-    }
+    __builtin_memcpy(bits + k / 8, &words, 8);
   }
+  if (k < K) {
+    uint64_t words = 0;
+    for (int v = 0; v < kVecs && k + v * Isa::kLanes < K; ++v) {
+      const int64_t at = k + v * Isa::kLanes;
+      const bool whole = at + Isa::kLanes <= K;
+      words |= add(v, whole ? load_as(x, kDtype, at) : load_tail(x, kDtype, at, K),
+                   whole ? Isa::load(threshold + at) : load_tail(threshold, Dtype::f32, at, K));
+    }
+    words &= (uint64_t{1} << (K - k)) - 1;  // pads compare as 0 >= 0
+    __builtin_memcpy(bits + k / 8, &words, K - k > 32 ? 8 : 4);
+  }
+  to_tile_order(bits, ceil_div(K, 32) * 4);
 
-  if (Isa::reduce_max(largest) >= kInfBits) {
-    __builtin_memset(bits, 0, static_cast<size_t>(ceil_div(K, 32) * 4));
-    *scale = __builtin_nanf("");
-    return;
-  }
   float lanes[kMeanLanes];
 #pragma GCC unroll 16
   for (int v = 0; v < kVecs; ++v) Isa::store(lanes + v * Isa::kLanes, sums[v]);
   *scale = add_lanes(lanes);
+  // NaN or inf in the row makes the sum NaN or inf; so may finite values beyond the float range, which stay.
+  if (!(__builtin_fabsf(*scale) <= __FLT_MAX__) && absmax_bits<kDtype>(x, K) >= kInfBits) {
+    __builtin_memset(bits, 0, static_cast<size_t>(ceil_div(K, 32) * 4));
+    *scale = __builtin_nanf("");
+  }
 }
 
 template <Dtype kDtype>

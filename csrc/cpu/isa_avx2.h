@@ -91,9 +91,13 @@ struct Isa {
   static void store_f16(uint16_t* p, Vf v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void store_s8(int8_t* p, Vi v) {
-    const __m128i s16 = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(s16, s16));
+  static Vi pack_s8(Vi a, Vi b, Vi c, Vi d) {
+    const Vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works within 128 bits
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)), order);
+  }
+  static Vi add_s8(Vi acc, Vi packed) {
+    const Vi pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), packed);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
   // Exact u8*s8 without VNNI. vpmaddubsw would saturate its s16 pair sums (255*127*2 = 64770 > 32767), so both sides are widened to
@@ -182,6 +186,7 @@ struct Isa {
 
   // 16 registers hold 4 rows x 1 tile: 8 accumulators, 4 halves of codes, 2 of x, one product.
   static constexpr int kMaxRows = 4;
+  static constexpr int kXnorMaxRows = 4;
   static constexpr int max_tiles(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int acc_sets(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int kInPlaceRows = 0;  // shifted back after the narrow sums would not do

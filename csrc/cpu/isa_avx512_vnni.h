@@ -65,7 +65,12 @@ struct Avx512Vnni {
   static void store_f16(uint16_t* p, Vf v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void store_s8(int8_t* p, Vi v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static Vi pack_s8(Vi a, Vi b, Vi c, Vi d) {
+    // Packing works within 128 bits: dwords arrive as (a0 b0 c0 d0, a1 b1 ...), four bytes each, and are put in order at the end.
+    const Vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  static Vi add_s8(Vi acc, Vi packed) { return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(1), packed); }
 
   // vpdpbusd multiplies u8 by s8 and adds four products to an s32 lane without saturation: codes and activations as they are.
   template <int kBits>
@@ -111,6 +116,7 @@ struct Avx512Vnni {
   static constexpr int max_tiles(int rows) { return rows <= 4 ? 4 : 3; }
   static constexpr int acc_sets(int rows) { return rows <= 2 ? 2 : 1; }
   static constexpr int kInPlaceRows = 1;
+  static constexpr int kXnorMaxRows = 4;  // x 4 tiles: no more loads of words than of bits
   // Groups: as many float sums again. 6 x 2 of each, 2 words or scales, a broadcast.
   static constexpr int kGroupedMaxRows = 6;
   static constexpr int grouped_tiles(int rows) { return rows <= 2 ? 4 : 2; }

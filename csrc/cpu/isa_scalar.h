@@ -153,9 +153,23 @@ struct Isa {
   static void store_f16(uint16_t* p, Vf v) {
     for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v.v[i]);
   }
-  // Lanes within [-128, 127] as bytes.
-  static void store_s8(int8_t* p, Vi v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(v.v[i]);
+  // The lanes of a, b, c, d, all within [-128, 127], as 4 * kLanes bytes in this order.
+  static Vi pack_s8(Vi a, Vi b, Vi c, Vi d) {
+    int8_t bytes[4 * kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      bytes[i] = static_cast<int8_t>(a.v[i]);
+      bytes[kLanes + i] = static_cast<int8_t>(b.v[i]);
+      bytes[2 * kLanes + i] = static_cast<int8_t>(c.v[i]);
+      bytes[3 * kLanes + i] = static_cast<int8_t>(d.v[i]);
+    }
+    return load_i(bytes);
+  }
+  // Adds four of the packed bytes to each lane: which ones is open, the sum of all lanes counts.
+  static Vi add_s8(Vi acc, Vi packed) {
+    int8_t bytes[4 * kLanes];
+    __builtin_memcpy(bytes, &packed, sizeof bytes);
+    return each_i(
+        [&](int i) { return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]); });
   }
 
   // The dot product: kLanes words of four codes, one word of four s8 broadcast, four products added to each lane.
@@ -204,6 +218,7 @@ struct Isa {
 
   // Register blocks: rows x tiles of the integer and of the float GEMM, and how many sets of accumulators share the k steps.
   static constexpr int kMaxRows = 2;
+  static constexpr int kXnorMaxRows = 2;  // of signs x signs
   static constexpr int max_tiles(int) { return 1; }
   static constexpr int acc_sets(int) { return 1; }
   static constexpr int kInPlaceRows = 0;  // up to so many rows codes of few bits are not shifted, see products.h

@@ -108,7 +108,7 @@ struct Xnor {
   static constexpr int64_t kXWordBytes = 4;
   static constexpr int kUnroll = 4;
   static constexpr int kFlushWords = P::kPartialSteps;
-  static constexpr int kMaxRows = Isa::kMaxRows;
+  static constexpr int kMaxRows = Isa::kXnorMaxRows;
   static constexpr int sets(int rows) { return Isa::acc_sets(rows); }
   static constexpr int max_tiles(int rows) { return Isa::max_tiles(rows); }
 

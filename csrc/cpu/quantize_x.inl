@@ -31,50 +31,53 @@ int32_t absmax_bits(const void* x, int64_t K) {
   return Isa::reduce_max(Isa::max_i(Isa::max_i(m0, m1), Isa::max_i(m2, m3)));
 }
 
-inline Vi quantize(Vf v, Vf inv) {
+// kClamp: |v * inv| may exceed 127, in float, before converting: large values stay large. Else the scale is the row's own, and the
+// products end at 127 (1 + 2^-23), which rounds to 127.
+template <bool kClamp>
+Vi quantize(Vf v, Vf inv) {
   v = Isa::mul(v, inv);
-  v = Isa::min_(Isa::max_(v, Isa::set1(-127.0f)), Isa::set1(127.0f));  // in float, before converting: large values stay large
+  if constexpr (kClamp) v = Isa::min_(Isa::max_(v, Isa::set1(-127.0f)), Isa::set1(127.0f));
   return Isa::round(v);
 }
 
 // Writes q, returns its sum. With kCheck *finite says whether the row is free of NaN and inf: x * 0 is NaN for these only.
-template <Dtype kDtype, bool kCheck>
+template <Dtype kDtype, bool kClamp, bool kCheck>
 int32_t quantize_row(const void* x, int64_t K, float inverse, int8_t* q, bool* finite) {
+  constexpr int64_t kStep = 4 * Isa::kLanes;  // what one vector of s8 holds
   const Vf inv = Isa::set1(inverse), zero = Isa::set1(0.0f);
-  Vi sum0 = Isa::zero_i(), sum1 = sum0;
-  Vf nan0 = zero, nan1 = zero;
-  int64_t k = 0;
-  for (; k + 2 * Isa::kLanes <= K; k += 2 * Isa::kLanes) {
-    const Vf xa = load_as(x, kDtype, k), xb = load_as(x, kDtype, k + Isa::kLanes);
+  Vi sum = Isa::zero_i();
+  Vf nan[4] = {zero, zero, zero, zero};
+  auto pack = [&](const Vf(&v)[4]) __attribute__((always_inline)) {
     if constexpr (kCheck) {
-      nan0 = Isa::muladd(xa, zero, nan0);
-      nan1 = Isa::muladd(xb, zero, nan1);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) nan[i] = Isa::muladd(v[i], zero, nan[i]);
     }
-    const Vi a = quantize(xa, inv);
-    const Vi b = quantize(xb, inv);
-    Isa::store_s8(q + k, a);
-    Isa::store_s8(q + k + Isa::kLanes, b);
-    sum0 = Isa::add_i(sum0, a);
-    sum1 = Isa::add_i(sum1, b);
+    const Vi packed = Isa::pack_s8(quantize<kClamp>(v[0], inv), quantize<kClamp>(v[1], inv), quantize<kClamp>(v[2], inv),
+                                   quantize<kClamp>(v[3], inv));
+    sum = Isa::add_s8(sum, packed);
+    return packed;
+  };
+  int64_t k = 0;
+  for (; k + kStep <= K; k += kStep) {
+    const Vf v[4] = {load_as(x, kDtype, k), load_as(x, kDtype, k + Isa::kLanes), load_as(x, kDtype, k + 2 * Isa::kLanes),
+                     load_as(x, kDtype, k + 3 * Isa::kLanes)};
+    Isa::store_i(q + k, pack(v));
   }
-  for (; k < K; k += Isa::kLanes) {
-    const bool whole = k + Isa::kLanes <= K;
-    const Vf xa = whole ? load_as(x, kDtype, k) : load_tail(x, kDtype, k, K);
-    if constexpr (kCheck) nan0 = Isa::muladd(xa, zero, nan0);
-    const Vi a = quantize(xa, inv);
-    sum0 = Isa::add_i(sum0, a);
-    if (whole) {
-      Isa::store_s8(q + k, a);
-    } else {
-      int8_t last[Isa::kLanes];
-      Isa::store_s8(last, a);
-      __builtin_memcpy(q + k, last, static_cast<size_t>(K - k));
+  if (k < K) {
+    Vf v[4] = {zero, zero, zero, zero};
+    for (int i = 0; i < 4 && k + i * Isa::kLanes < K; ++i) {
+      const int64_t at = k + i * Isa::kLanes;
+      v[i] = at + Isa::kLanes <= K ? load_as(x, kDtype, at) : load_tail(x, kDtype, at, K);
     }
+    int8_t last[kStep];
+    Isa::store_i(last, pack(v));
+    __builtin_memcpy(q + k, last, static_cast<size_t>(K - k));
   }
   if constexpr (kCheck) {
-    *finite = Isa::reduce_max(Isa::and_i(Isa::bits(Isa::add(nan0, nan1)), Isa::set1_i(0x7fffffff))) == 0;
+    const Vf any = Isa::add(Isa::add(nan[0], nan[1]), Isa::add(nan[2], nan[3]));
+    *finite = Isa::reduce_max(Isa::and_i(Isa::bits(any), Isa::set1_i(0x7fffffff))) == 0;
   }
-  return Isa::reduce_add(Isa::add_i(sum0, sum1));
+  return Isa::reduce_add(sum);
 }
 
 // One scale for every row: a single pass.
@@ -92,7 +95,7 @@ void quantize_rows_static(const QuantizeArgs& a) {
     const char* x = static_cast<const char*>(a.x.x) + m * a.x.ld * dtype_bytes(kDtype);
     int8_t* q = a.q + m * a.ldq;
     bool finite;
-    a.row_sum[m] = quantize_row<kDtype, true>(x, a.K, inverse, q, &finite);
+    a.row_sum[m] = quantize_row<kDtype, true, true>(x, a.K, inverse, q, &finite);
     a.scale[m] = finite ? scale : __builtin_nanf("");
     if (!finite) {  // what NaN and inf became is nobody's business
       __builtin_memset(q, 0, static_cast<size_t>(a.K));
@@ -125,7 +128,8 @@ void quantize_rows(const QuantizeArgs& a) {
       if (a.K > 0) __builtin_memset(q, 0, static_cast<size_t>(a.K));
       a.row_sum[m] = 0;
     } else {
-      a.row_sum[m] = quantize_row<kDtype, false>(x, a.K, 127.0f / absmax, q, nullptr);
+      const auto row = a.absmax ? quantize_row<kDtype, true, false> : quantize_row<kDtype, false, false>;
+      a.row_sum[m] = row(x, a.K, 127.0f / absmax, q, nullptr);
     }
   }
 }

@@ -78,10 +78,9 @@ def prune_(
     """
     groups, inputs = _plan(model, pattern, score, scope, schedule, filter_fn, calibration)
     trace = _trace(model, groups, inputs) if inputs is not None else None
-    with torch.inference_mode(False):  # or a model pruned under inference_mode could not train
-        for group in groups:
-            for layer in group.layers:
-                attach(layer, group.mask)
+    for group in groups:
+        for layer in group.layers:
+            attach(layer, group.mask)
     pruner = Pruner(model, groups, score, scope, schedule, inputs)
     if schedule is None:
         pruner._prune(1.0, trace)
@@ -285,7 +284,7 @@ def _plan(
         if not is_finite(weight):
             raise ValueError(f"prune_: {where}.weight holds NaN or inf; nothing was changed")
         if (group := groups.get(id(layer.weight))) is None:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # or a model pruned under inference_mode could not train
                 mask = Mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
             groups[id(layer.weight)] = _Pruned([spot.fqn], [layer], wanted, mask)
             continue

@@ -8,13 +8,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = r-cran-janeaustenr dataset-fashion-mnist
 
-.PHONY: demo demo-few-bits test test-full targets dev bench peers data fmt lint wheel install clean
+.PHONY: demo demo-few-bits demo-sparse test test-full targets dev bench peers data fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
 
 demo-few-bits: install build/data/.dataset-fashion-mnist  ## train a small network in every format, down to one bit
 	$(BIN)/python bench/fashion_mnist.py
+
+demo-sparse: install build/data/.dataset-fashion-mnist  ## prune it gradually, in three patterns; and a sentence encoder at once
+	$(BIN)/python bench/fashion_mnist_sparse.py
+	$(BIN)/python bench/prune_minilm.py
 
 test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
 	$(BIN)/python tests/run.py

@@ -28,6 +28,7 @@ import target_fused as fused  # noqa: E402
 import target_graph as graph  # noqa: E402
 import target_int8 as int8  # noqa: E402
 import target_models as models  # noqa: E402
+import target_pruning as pruning  # noqa: E402
 import target_sparse as sparse  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -270,6 +271,25 @@ def sparse_targets() -> list[Target]:
 
 
 TARGETS += sparse_targets()
+TARGETS += [
+    Target(
+        f"Fashion-MNIST, {name}: points below dense, mean of 3 seeds",
+        partial(pruning.points_below_dense, name),
+        bound,
+        at_most=True,
+        note=partial(pruning.seeds_note, name),
+    )
+    for name, bound in pruning.DROPS.items()
+]
+TARGETS += [
+    Target(
+        "MiniLM, 50 % at once: Wanda's mean cosine above magnitude's",
+        lambda: pruning.mean_cosine("wanda") - pruning.mean_cosine("magnitude"),
+        0.05,
+        note=pruning.minilm_note,
+    ),
+    Target("MiniLM, 50 % at once: SparseGPT's mean cosine", lambda: pruning.mean_cosine("sparsegpt"), 0.90),
+]
 
 
 def measured(target: Target) -> tuple[tuple[str, str, str, str], bool]:

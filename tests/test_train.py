@@ -17,20 +17,7 @@ from torch.nn.functional import gelu
 
 import tersor
 import tersor.ops as ops
-from tersor import (
-    Binary,
-    BinaryXnor,
-    Int4,
-    Int8Dynamic,
-    Int8Static,
-    Int8WeightOnly,
-    QuantLinear,
-    SparseFloat,
-    SparseInt8,
-    Ternary,
-    formats,
-    train,
-)
+from tersor import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, QuantLinear, Ternary, formats, train
 from tersor.formats import Format
 from tersor.train import QATLinear
 

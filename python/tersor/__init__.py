@@ -17,19 +17,26 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Binary": "formats",
     "BinaryXnor": "formats",
+    "Block": "pruning_patterns",
+    "CubicSchedule": "pruning_patterns",
     "Int4": "formats",
     "Int8Dynamic": "formats",
     "Int8Static": "formats",
     "Int8WeightOnly": "formats",
+    "NM": "pruning_patterns",
+    "Pruner": "pruning",
     "QuantLinear": "nn",
     "SparseFloat": "formats",
     "SparseInt8": "formats",
     "Ternary": "formats",
+    "Unstructured": "pruning_patterns",
     "dequantize_": "swap",
+    "finalize_": "pruning",
     "from_bitnet_": "bitnet",
     "fuse": "fusion",
     "info": "information",
     "load_": "checkpoint",
+    "prune_": "pruning",
     "quantize_": "swap",
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
@@ -47,6 +54,8 @@ if TYPE_CHECKING:
     from .fusion import fuse
     from .information import info
     from .nn import QuantLinear
+    from .pruning import Pruner, finalize_, prune_
+    from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights
 
 

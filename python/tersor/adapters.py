@@ -15,7 +15,7 @@ _MARK = "adapter_layer_names"  # peft's BaseTunerLayer and AuxiliaryTrainingWrap
 def in_adapter(model: nn.Module, fqn: str) -> bool:
     """Whether `fqn` lies in the trainable part of an adapter: lora_A, lora_B, modules_to_save and the like."""
     module = model
-    for name in fqn.split("."):
+    for name in fqn.split(".") if fqn else ():  # "" is the model itself
         if name in getattr(type(module), _MARK, ()):
             return True
         module = module._modules[name]  # type: ignore[assignment]

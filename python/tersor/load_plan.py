@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .formats import Format, decode_tag
 from .nn import QuantLinear, in_huge_pages
-from .swap import has_hooks
+from .selection import has_hooks
 
 logger = logging.getLogger("tersor")
 

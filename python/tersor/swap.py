@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from .adapters import guard_merges, in_adapter, reads_base_weight
+from .adapters import guard_merges
 from .choice import Choice, row_counts
 from .formats import BY_BITS, Format, Int8Dynamic
 from .nn import QuantLinear, has_values
 from .ops.checks import as_rows
+from .selection import Filter, Rules, Spot, Task, choose, some
 from .weights import row_blocks
 
 logger = logging.getLogger("tersor")
@@ -27,25 +26,14 @@ T = TypeVar("T")
 L = TypeVar("L", bound=nn.Module)
 
 Config = Format | Mapping[str, "Format | None"]
-Filter = Callable[[nn.Module, str], bool]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place of the model that holds a layer to swap. The layer itself is not held: its weight must be free to go."""
+class Place(Spot):
+    """One place of the model that holds a layer to swap."""
 
-    fqn: str
-    parent: nn.Module
-    name: str
     format: Format
     speedup: dict[int, float] | None = None
-
-    def layer(self) -> nn.Linear:
-        layer = getattr(self.parent, self.name)
-        assert isinstance(layer, nn.Linear)
-        return layer
 
 
 def quantize_(
@@ -90,7 +78,8 @@ def plan(model: nn.Module, config: Config, filter_fn: Filter | None, function: s
     function  who asks, for messages
     """
     _check_root(model, function)
-    places = _plan(model, _Rules(config, function), filter_fn)
+    chosen = choose(model, Rules(config, Task(function)), filter_fn)
+    places = [Place(place.fqn, place.parent, place.name, fmt) for place, fmt in chosen]
     for place in places:
         _validate(place, function)
     return places
@@ -170,48 +159,6 @@ def quantize_weights(net: nn.Module, num_bits: int = 8, activations: str | None 
     return quantize_(net, BY_BITS[pair]())
 
 
-class _Rules:
-    """The config as a function of the layer's name: exact keys, then patterns in order, then the default."""
-
-    def __init__(self, config: Config, function: str) -> None:
-        self.function = function
-        entries = {"_default": config} if isinstance(config, Format) else config
-        if not isinstance(entries, Mapping):
-            raise TypeError(f"{function}: config is {config!r}, expected a format such as tersor.Int8Dynamic(), or a dict of them")
-        self.exact: dict[str, Format | None] = {}
-        self.patterns: list[tuple[str, re.Pattern[str], Format | None]] = []
-        self.default: Format | None = None
-        self.unused: set[str] = set()
-        for key, fmt in entries.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{function}: config key {key!r} is not a string")
-            if fmt is not None and not isinstance(fmt, Format):
-                raise TypeError(f"{function}: config[{key!r}] is {fmt!r}, expected a format such as tersor.Int8Dynamic(), or None")
-            if key == "_default":
-                self.default = fmt
-                continue
-            self.unused.add(key)
-            if key.startswith("re:"):
-                try:
-                    self.patterns.append((key, re.compile(key[3:]), fmt))
-                except re.error as error:
-                    raise ValueError(f"{function}: config key {key!r} is not a regular expression: {error}") from None
-            else:
-                self.exact[key] = fmt
-
-    def lookup(self, fqn: str) -> Format | None:
-        found = self.exact.get(fqn)
-        if fqn in self.exact:
-            self.unused.discard(fqn)
-        matched = fqn in self.exact
-        for key, pattern, fmt in self.patterns:
-            if pattern.fullmatch(fqn):
-                self.unused.discard(key)
-                if not matched:
-                    found, matched = fmt, True
-        return found if matched else self.default
-
-
 def _check_dynamic_spec(model: nn.Module, spec: Mapping[Any, bool]) -> None:
     names = {name for name, _ in model.named_modules()}
     for key in spec:
@@ -232,131 +179,6 @@ def _check_root(model: nn.Module, function: str = "quantize_") -> None:
             f"{function}: model is an nn.Linear itself, which cannot be replaced in place; "
             "use tersor.QuantLinear.from_linear(model, tersor.Int8Dynamic())"
         )
-
-
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Linear]]:
-    """(fqn, parent, name, layer) of every place that holds an nn.Linear; a layer in two places counts twice."""
-    found: list[tuple[str, nn.Module, str, nn.Linear]] = []
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
-            prefix, _, name = fqn.rpartition(".")
-            found.append((fqn, model.get_submodule(prefix), name, module))
-    return found
-
-
-def _plan(model: nn.Module, rules: _Rules, filter_fn: Filter | None) -> list[Place]:
-    candidates = _linears(model)
-    planned: list[tuple[str, nn.Module, str, nn.Linear, Format]] = []
-    adapters: list[str] = []
-    for fqn, parent, name, layer in candidates:
-        fmt = rules.lookup(fqn)
-        if fmt is None:
-            continue
-        asked = filter_fn is not None or fqn in rules.exact
-        if filter_fn is not None and not filter_fn(layer, fqn):
-            continue
-        trains = in_adapter(model, fqn)
-        if trains and not asked:
-            adapters.append(fqn)
-            continue
-        reason = "is part of a peft adapter, which then no longer trains" if trains else _unfit(layer, parent, name)
-        if reason and not asked:
-            logger.warning("tersor: %s stays float: it %s", fqn, reason)
-            continue
-        if _read_by_attention(parent, name):
-            raise ValueError(
-                f"{rules.function}: {fqn} cannot be swapped: {_ATTENTION_READS}; leave it out of the config or filter_fn"
-            )
-        if reason:
-            logger.warning("tersor: %s is swapped as asked, though it %s", fqn, reason)
-        planned.append((fqn, parent, name, layer, fmt))
-    if adapters:
-        logger.info("tersor: %d layers of peft adapters stay float, so that they train: %s", len(adapters), _some(adapters))
-    if filter_fn is None:
-        _report_reparametrised(model, rules)
-    if rules.unused:
-        names = ", ".join(repr(key) + _why_no_linear(model, key) for key in sorted(rules.unused))
-        have = _some([fqn for fqn, *_ in candidates])
-        raise ValueError(f"{rules.function}: config keys match no nn.Linear: {names}; the model has: {have or 'none'}")
-
-    owners = _owners(model, {id(layer) for _, _, _, layer, _ in planned})
-    places = []
-    seen: set[tuple[int, str]] = set()  # a shared parent offers its children under several names
-    for fqn, parent, name, layer, fmt in planned:
-        if (id(parent), name) in seen:
-            continue
-        seen.add((id(parent), name))
-        owner = owners.get(id(layer.weight))
-        if owner and filter_fn is None and fqn not in rules.exact:
-            warnings.warn(
-                f"tersor: {fqn} stays float: its weight is tied to {owner}, which is not swapped; "
-                f"name it in the config ({{{fqn!r}: ...}}) to give it a packed copy of its own",
-                stacklevel=5,
-            )
-            continue
-        if owner:
-            n_bytes = sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in fmt.tensors(*layer.weight.shape))
-            logger.warning("tersor: %s is tied to %s, which stays float: its packed copy adds %d bytes", fqn, owner, n_bytes)
-        places.append(Place(fqn, parent, name, fmt))
-    return places
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a layer carries hooks, or a forward set on the object (accelerate wraps a layer so): replacing it loses them."""
-    return any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in layer.__dict__
-
-
-def _unfit(layer: nn.Module, parent: nn.Module, name: str) -> str | None:
-    """What a layer carries that a swap would lose, or who reads its float weight; or None."""
-    if has_hooks(layer):
-        return "has hooks or a forward of its own, which a swap would lose"
-    if "weight" not in layer._parameters:
-        return "has no plain weight (pruned or re-parametrised), which a swap would lose"
-    if _read_by_attention(parent, name):
-        return f"cannot be packed: {_ATTENTION_READS}"
-    if reads_base_weight(parent, name):
-        return "is the base of a DoRA adapter, which reads its float weight"
-    return None
-
-
-_ATTENTION_READS = "nn.MultiheadAttention reads the weight of its out_proj itself"
-
-
-def _read_by_attention(parent: nn.Module, name: str) -> bool:
-    return (
-        name == "out_proj" and isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward
-    )
-
-
-def _report_reparametrised(model: nn.Module, rules: _Rules) -> None:
-    """Parametrising a layer gives it a class of its own, which hides it from the swap: say so."""
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and is_parametrized(module) and fqn not in rules.exact and rules.lookup(fqn):
-            logger.warning("tersor: %s stays float: it is parametrised, which a swap would lose", fqn)
-
-
-def _why_no_linear(model: nn.Module, key: str) -> str:
-    """What a config key names, where it names a module of the model at all."""
-    module = dict(model.named_modules(remove_duplicate=False)).get(key)
-    if module is None:
-        return ""
-    parent, _, name = key.rpartition(".")
-    reads = f": {_ATTENTION_READS}" if _read_by_attention(model.get_submodule(parent), name) else ""
-    return f" (a {type(module).__name__}{reads})"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-def _owners(model: nn.Module, swapped: set[int]) -> dict[int, str]:
-    """id of each parameter of the modules that stay -> its name."""
-    owners = {}
-    for prefix, module in model.named_modules():
-        if id(module) not in swapped:
-            for name, parameter in module._parameters.items():
-                owners[id(parameter)] = f"{prefix}.{name}" if prefix else name
-    return owners
 
 
 def _validate(place: Place, function: str) -> None:
@@ -385,7 +207,7 @@ def _faster(model: nn.Module, places: list[Place], only_if_faster: Any, progress
                 logger.info("tersor: %s becomes %r, which is faster here than %r", place.fqn, best[0], place.format)
             faster.append(dataclasses.replace(place, format=best[0], speedup=best[1]))
     if stay:
-        logger.info("tersor: %d layers stay float, which is as fast here: %s", len(stay), _some(stay))
+        logger.info("tersor: %d layers stay float, which is as fast here: %s", len(stay), some(stay))
     return faster
 
 

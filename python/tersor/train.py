@@ -15,17 +15,19 @@ of abs(w) that it is, or, for Int4, as a learnt step (LSQ, Esser et al., arXiv:1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .calibration import Trace, batches, evaluating
 from .formats import Binary, BinaryXnor, Format, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseInt8, Ternary
 from .nn import QuantLinear, check_in_features, has_values
 from .ops.tiles import CODES
-from .swap import Config, Filter, Place, disable_fast_paths, is_finite, plan, settle, share_weight, swap_group
+from .selection import Filter
+from .swap import Config, Place, disable_fast_paths, is_finite, plan, settle, share_weight, swap_group
 from .weights import grouped
 
 
@@ -295,72 +297,16 @@ def calibrate_(model: nn.Module, inputs: Any) -> nn.Module:
     layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, QATLinear | QuantLinear) and _is_xnor(m)}
     if not layers:
         raise ValueError("calibrate_: model holds no BinaryXnor layer")
-    batches = _batches(inputs)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            calls = _calls(model, list(layers.values()), batches)
-            missed = [fqn for fqn, layer in layers.items() if layer not in calls]
-            if missed:
-                raise ValueError(f"calibrate_: inputs never reach {', '.join(missed)}")
-            for layer in calls:
-                rows = torch.cat([x.reshape(-1, x.shape[-1]).float() for x in _inputs_of(model, layer, batches)])
-                layer.threshold.copy_(rows.median(0).values)  # type: ignore[operator]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    calls = batches(inputs, "calibrate_: inputs")
+    with evaluating(model):
+        trace = Trace(model, list(layers.values()), calls)
+        order = [layer for group in trace.order for layer in group]
+        if missed := [fqn for fqn, layer in layers.items() if layer not in order]:
+            raise ValueError(f"calibrate_: inputs never reach {', '.join(missed)}")
+        for layer in order:
+            layer.threshold.copy_(trace.rows(layer).median(0).values)  # type: ignore[operator]
     return model
 
 
 def _is_xnor(layer: QATLinear | QuantLinear) -> bool:
     return isinstance(layer.format, BinaryXnor)
-
-
-def _batches(inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """(args, kwargs) of each call."""
-    if isinstance(inputs, Tensor | tuple | dict):
-        inputs = [inputs]
-    if not isinstance(inputs, Iterable):
-        raise TypeError(
-            f"calibrate_: inputs is {type(inputs).__name__}, expected a tensor, a tuple, a dict, or an iterable of those"
-        )
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    for item in inputs:
-        if isinstance(item, dict):
-            calls.append(((), item))
-        else:
-            calls.append((tuple(item) if isinstance(item, tuple | list) else (item,), {}))
-    if not calls:
-        raise ValueError("calibrate_: inputs is empty")
-    return calls
-
-
-def _calls(model: nn.Module, layers: list[Any], batches: list[Any]) -> dict[nn.Module, None]:
-    """The layers that the batches reach, in the order of their first call."""
-    order: dict[nn.Module, None] = {}
-    hooks = [layer.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for layer in layers]
-    try:
-        for args, kwargs in batches:
-            model(*args, **kwargs)
-            if len(order) == len(layers):
-                break
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return order
-
-
-def _inputs_of(model: nn.Module, layer: nn.Module, batches: list[Any]) -> list[Tensor]:
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else kwargs["input"]).detach())
-
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for args, kwargs in batches:
-            model(*args, **kwargs)
-    finally:
-        hook.remove()
-    return seen

@@ -27,6 +27,14 @@ def fitting(fmt: tersor.formats.Format, k: int) -> int:
     return -(-k // unit) * unit
 
 
+def values_of(layer: tersor.QuantLinear) -> Tensor:
+    """int8 [N, K]: the values of the codes that a layer stores."""
+    n, k = layer.out_features, layer.in_features
+    if isinstance(layer.format, tersor.SparseInt8):
+        return ops.sparse_rows(layer.weight_packed, layer.weight_index, layer.weight_offset, n, k)
+    return ops.to_rows(layer.weight_packed, n, k, layer.format.bits)
+
+
 INPUT_SCALE = torch.tensor(0.03)  # of the static ops
 
 

@@ -95,7 +95,7 @@ def test_percent_of_limit_follows_the_shape():
 
 
 ONE_OP = {"int4-g128": "Int4(group_size=128)", "int4-g64": "Int4(group_size=64)", "int4-g32": "Int4(group_size=32)"}
-ONE_OP["binary-xnor"] = "BinaryXnor()"
+ONE_OP |= {"binary-xnor": "BinaryXnor()", "sparse-int8": "SparseInt8()", "sparse-float": "SparseFloat()"}
 
 
 @pytest.mark.parametrize("name", our_formats())

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import EPS, assert_equal
+from cases import EPS, assert_equal, values_of
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -87,7 +87,7 @@ def test_conversion_keeps_codes_scales_and_outputs(fmt):
     assert packed.format == fmt.stored()
     assert packed.bias is layer.bias
     assert not packed.training
-    values = ops.to_rows(packed.weight_packed, N, K, fmt.bits)
+    values = values_of(packed)
     assert_equal(values.float(), codes_of(layer).round())
     assert values.unique().numel() > 1
     stored = packed.format.steps({**dict(packed.named_buffers()), **dict(packed.named_parameters())}, N, K)
@@ -106,7 +106,7 @@ def test_conversion_keeps_codes_scales_and_outputs(fmt):
 def test_half_precision_models_convert_to_the_same_codes(fmt, dtype):
     layer = trained(fmt, dtype)
     packed = layer.convert()
-    assert_equal(ops.to_rows(packed.weight_packed, N, K, fmt.bits).float(), codes_of(layer).round())
+    assert_equal(values_of(packed).float(), codes_of(layer).round())
     x = torch.randn(3, K, dtype=dtype)
     assert layer(x).dtype == packed(x).dtype == dtype
 

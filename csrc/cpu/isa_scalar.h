@@ -217,7 +217,7 @@ struct Isa {
     using X = Vi;
     static constexpr int kXBytesPerK = 1;
     static constexpr int kSumShift = -1;
-    static void prepare(const int8_t* q, int64_t K, char* out) { __builtin_memcpy(out, q, static_cast<std::size_t>(K)); }
+    static void prepare(const int8_t* q, int64_t K, char* out) { __builtin_memcpy(out, q, static_cast<size_t>(K)); }
     static void prepare_bytes(const int8_t* q, int64_t K, char* out) { prepare(q, K, out); }
     static W load_w(const uint8_t* p) { return load_i(p); }
     static X load_x(const char* p) {

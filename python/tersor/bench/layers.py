@@ -172,14 +172,14 @@ def stored_bytes(layer: QuantLinear) -> int:
 
 def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object] | None:
     """The matrix product alone: rows already quantised where the format quantises them, no module around the op. None where the
-    format has no such op: group scales are applied within the product, signs of x are taken within it."""
+    format has no such op: group scales are applied within the product, signs of x are taken within it, sparse weights have no op on rows of int8."""
     parameters, buffers = layer._parameters, layer._buffers
+    if layer.format.op not in (ops.linear_dynamic, ops.linear_static, ops.linear_weight_only):
+        return None
     weight_packed, weight_scale = parameters["weight_packed"], buffers["weight_scale"]
     if layer.format.op is ops.linear_weight_only:
         raw = ops.linear_weight_only.raw
         return lambda: raw(x, weight_packed, weight_scale, layer.bias)
-    if layer.format.op not in (ops.linear_dynamic, ops.linear_static):
-        return None
     q, scale, row_sum = ops.quantize_rows(x)
     linear_s8, bits = ops.linear_s8.raw, layer.format.bits
     return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype, bits)

@@ -10,7 +10,7 @@ from ..formats import FORMATS, GROUP_SIZES, Format
 _GIVEN = {"input_scale": 4 / 127}
 
 # op -> the limit of the machine that its kernel computes with; all others: "int8"
-_ARITHMETIC = {"linear_weight_only": "f32", "linear_xnor": "popcount"}
+_ARITHMETIC = {"linear_weight_only": "f32", "linear_sparse_float": "f32", "linear_xnor": "popcount"}
 
 
 def our_formats() -> dict[str, Format]:

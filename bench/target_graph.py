@@ -25,7 +25,7 @@ def minilm_cosine() -> tuple[float, float]:
 @functools.cache
 def language_models() -> models.LanguageModels:
     torch._dynamo.reset()
-    # Ties fall to other sides at every layer, so two int8 models differ by chance: 0.3 % of perplexity (one sigma) over 8176 tokens.
+    # Ties fall to other sides at every layer, so int8 models differ by chance: 0.3 % of perplexity (one sigma) in 8176 tokens.
     return models.LanguageModels(16 * models.CONTEXT)
 
 

@@ -24,6 +24,7 @@ import compare  # noqa: E402
 import compare_few_bits  # noqa: E402
 import minilm  # noqa: E402
 import target_few_bits as few  # noqa: E402
+import target_fused as fused  # noqa: E402
 import target_graph as graph  # noqa: E402
 import target_int8 as int8  # noqa: E402
 import target_models as models  # noqa: E402
@@ -196,6 +197,32 @@ TARGETS += [
         at_most=True,
         note=graph.peak_note,
     ),
+    Target(
+        "layer norm to int8 rows, 1024x768: times torch's norm and the faster quantiser",
+        partial(fused.times_unfused_norm, "layer"),
+        2.2,
+        needs=VNNI,
+        note=fused.norm_note,
+    ),
+    Target("rms norm to int8 rows, 1024x768: the same", partial(fused.times_unfused_norm, "rms"), 2.2, needs=VNNI),
+    Target(
+        "q, k, v as one, M = 16, K = 768: times three calls",
+        partial(fused.times_three_calls, 16),
+        partial(fused.three_calls_bound, 16),
+        needs=VNNI,
+        note=partial(fused.three_calls_note, 16),
+    ),
+    *(
+        Target(
+            f"gated feed-forward 576x1536, M = {m}: times the layers one by one",
+            partial(fused.times_layers, m),
+            1.0,
+            needs=VNNI,
+            note=partial(fused.gated_note, m),
+        )
+        for m in (1, 64)
+    ),
+    Target("residual in the epilogue, 1536x384, M = 16: times an add after it", partial(fused.times_add, 16), 1.0, needs=VNNI),
 ]
 
 

@@ -164,3 +164,52 @@ def test_runs_with_torch_blocked():
     )
     out = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert out.stdout.startswith("True"), out.stderr
+
+
+@pytest.mark.parametrize("case", [Case(5, 37, 70), Case(9, 64, 33, torch.float16), Case(3, 48, 64, bits=2)], ids=str)
+def test_fused_ops_have_the_same_bits_as_torch(case: Case):
+    x, tiles, scale, bias = case.make()
+    bias = bias.float()
+    xn, residual = x.numpy(), torch.randn(case.m, case.n).to(case.dtype)
+    stored, bits = (tiles.numpy(), scale.numpy(), bias.numpy()), case.bits
+    got = tn.linear_dynamic(xn, *stored, "relu", bits, np.asfortranarray(residual.numpy()))
+    assert np.array_equal(got, ops.linear_dynamic(x, tiles, scale, bias, "relu", bits, residual).numpy())
+    rows = ops.quantize_rows(x)
+    got = tn.linear_s8(*(t.numpy() for t in rows), *stored, "none", bits, residual.float().numpy())
+    assert np.array_equal(got, ops.linear_s8(*rows, tiles, scale, bias, "none", torch.float32, bits, residual.float()).numpy())
+    for kind in ("layer", "rms"):
+        b = None if kind == "rms" else torch.randn(case.k)
+        weight, other = torch.randn(case.k), torch.randn(case.m, case.k).to(case.dtype)
+        got = tn.norm_quantize(xn.T.copy().T, other.numpy(), weight.numpy(), None if b is None else b.numpy(), 1e-6, kind)
+        for g, w in zip(got, ops.norm_quantize(x, other, weight, b, 1e-6, kind, True, True), strict=True):
+            assert np.array_equal(g, w.numpy())
+    if case.n % 32 == 0:
+        assert np.array_equal(tn.linear_glu(xn, *stored, "gelu", bits), ops.linear_glu(x, tiles, scale, bias, "gelu", bits).numpy())
+        got = tn.linear_glu_quantize(xn, *stored, "silu", bits)
+        for g, w in zip(got, ops.linear_glu_quantize(x, tiles, scale, bias, "silu", bits), strict=True):
+            assert np.array_equal(g, w.numpy())
+    else:
+        for call in (tn.linear_glu, tn.linear_glu_quantize):
+            with pytest.raises(ValueError, match=f"weight_scale has {case.n} channels, expected a multiple of 32"):
+                call(xn, *stored, "silu", bits)
+    for wrong in (residual.numpy()[:1], residual.double().numpy()):
+        with pytest.raises(ValueError, match=r"linear_dynamic: residual is float.*, expected float"):
+            tn.linear_dynamic(xn, *stored, "none", bits, wrong)
+    with pytest.raises(ValueError, match="kind is 'batch', expected layer or rms"):
+        tn.norm_quantize(xn, kind="batch")
+    with pytest.raises(ValueError, match="bias is given, expected None"):
+        tn.norm_quantize(xn, bias=np.zeros(case.k, np.float32), kind="rms")
+
+
+def test_other_residuals_have_the_same_bits_as_torch():
+    x, tiles, scale, threshold, bias = Case(5, 37, 70).make_xnor()
+    residual = torch.randn(5, 37)
+    arrays = [t.numpy() for t in (x, tiles, scale, threshold, bias)]
+    got = tn.linear_xnor(*arrays, "silu", residual.numpy())
+    assert np.array_equal(got, ops.linear_xnor(x, tiles, scale, threshold, bias, "silu", residual).numpy())
+    x, tiles, scale, bias = Case(5, 37, 70).make()
+    got = tn.linear_static(x.numpy(), tiles.numpy(), scale.numpy(), bias.numpy(), 0.03, "none", residual.numpy())
+    assert np.array_equal(got, ops.linear_static(x, tiles, scale, bias, torch.tensor(0.03), "none", residual).numpy())
+    x, tiles, scale, groups, bias = GroupedCase(5, 37, 64).make_grouped()
+    got = tn.linear_grouped(*(t.numpy() for t in (x, tiles, scale, groups, bias)), "none", residual.numpy())
+    assert np.array_equal(got, ops.linear_grouped(x, tiles, scale, groups, bias, "none", residual).numpy())

@@ -127,3 +127,9 @@ def test_no_flag_that_breaks_portability():
     assert "-ffp-contract=off" in text
     for flag in ("march=native", "ffast-math", "Ofast", "fopenmp"):
         assert flag not in text
+
+
+@pytest.mark.native
+def test_info_names_a_kernel_that_this_build_lacks(monkeypatch):
+    monkeypatch.setattr(tersor.ops.OPS["norm_quantize"], "kernels", ("norm_quantize_x", "of_tomorrow"))
+    assert tersor.info().ops["norm_quantize"] == "reference (this build has no kernel: of_tomorrow)"

@@ -8,8 +8,8 @@
 #include <iterator>
 #include <string>
 
+#include "../core/fused.h"
 #include "../core/huge_pages.h"
-#include "../core/linear.h"
 #include "check.h"
 
 namespace py = pybind11;
@@ -115,17 +115,28 @@ py::tuple binarize_rows(const py::array& x, const py::array& threshold) {
 using LinearDriver = const char* (*)(const tersor::KernelTable&, int64_t, const tersor::StridedRows&, const tersor::LinearWeights&,
                                      const tersor::Output&);
 
+// What is added to y [M][N]; null where it is None.
+const void* residual_of(const char* function, const py::object& residual, const py::dtype& dtype, int64_t M, int64_t N) {
+  if (residual.is_none()) return nullptr;
+  const auto a = py::cast<py::array>(residual);
+  if (!a.dtype().equal(dtype) || a.ndim() != 2 || a.shape(0) != M || a.shape(1) != N || !(a.flags() & py::array::c_style)) {
+    fail(function, "residual is not C-contiguous ", std::string(py::str(dtype)), " [", M, ", ", N, "], as the result");
+  }
+  return a.data();
+}
+
 // `more(w)` sets what only some layers have.
 template <typename More>
 py::array float_linear(const char* name, LinearDriver driver, const py::array& x, const py::array& weight_packed,
                        const py::array& weight_scale, const py::object& bias, const std::string& epilogue, int64_t bits,
-                       More more) {
+                       const py::object& residual, More more) {
   const auto& table = tersor::table_or_throw();
   const XRows r = rows_of(name, x);
   tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, epilogue, r.K, bits);
   more(w);
-  py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
-  const tersor::Output out{y.mutable_data(), r.rows.dtype};
+  const int64_t width = w.glu ? w.N / 2 : w.N;
+  py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, width});
+  const tersor::Output out{y.mutable_data(), r.rows.dtype, residual_of(name, residual, x.dtype(), r.M, width), width};
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
@@ -138,20 +149,22 @@ py::array float_linear(const char* name, LinearDriver driver, const py::array& x
 constexpr auto nothing_more = [](tersor::LinearWeights&) {};
 
 py::array linear_dynamic(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
-                         const std::string& epilogue, int64_t bits) {
-  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, bits, nothing_more);
+                         const std::string& epilogue, int64_t bits, const py::object& residual) {
+  return float_linear("linear_dynamic", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, bits, residual,
+                      nothing_more);
 }
 
 py::array linear_static(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
-                        float input_scale, const std::string& epilogue) {
-  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, 8,
+                        float input_scale, const std::string& epilogue, const py::object& residual) {
+  return float_linear("linear_static", tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, 8, residual,
                       [&](tersor::LinearWeights& w) { w.input_scale = &input_scale; });
 }
 
 py::array linear_grouped(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
-                         const py::array& group_scale, const py::object& bias, const std::string& epilogue) {
+                         const py::array& group_scale, const py::object& bias, const std::string& epilogue,
+                         const py::object& residual) {
   constexpr const char* kName = "linear_grouped";
-  return float_linear(kName, tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, 4,
+  return float_linear(kName, tersor::linear_dynamic, x, weight_packed, weight_scale, bias, epilogue, 4, residual,
                       [&](tersor::LinearWeights& w) {
                         const int64_t groups = group_scale.ndim() == 3 ? group_scale.shape(1) : 0;
                         w.group_size = tersor::check_groups(kName, w.K, groups);
@@ -161,16 +174,16 @@ py::array linear_grouped(const py::array& x, const py::array& weight_packed, con
 }
 
 py::array linear_xnor(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::array& threshold,
-                      const py::object& bias, const std::string& epilogue) {
+                      const py::object& bias, const std::string& epilogue, const py::object& residual) {
   constexpr const char* kName = "linear_xnor";
-  return float_linear(kName, tersor::linear_xnor, x, weight_packed, weight_scale, bias, epilogue, 1,
+  return float_linear(kName, tersor::linear_xnor, x, weight_packed, weight_scale, bias, epilogue, 1, residual,
                       [&](tersor::LinearWeights& w) { w.threshold = exact<float>(kName, "threshold", threshold, {w.K}); });
 }
 
 py::array linear_weight_only(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
                              const py::object& bias, const std::string& epilogue) {
   return float_linear("linear_weight_only", tersor::linear_weight_only, x, weight_packed, weight_scale, bias, epilogue, 8,
-                      nothing_more);
+                      py::none(), nothing_more);
 }
 
 tersor::S8Rows s8_rows(const char* function, const py::array& q, const py::array& row_sum, int64_t* M, int64_t* K) {
@@ -206,7 +219,8 @@ py::array linear_acc(const py::array& q, const py::array& row_sum, const py::arr
 }
 
 py::array linear_s8(const py::array& q, const py::array& scale, const py::array& row_sum, const py::array& weight_packed,
-                    const py::array& weight_scale, const py::object& bias, const std::string& epilogue, int64_t bits) {
+                    const py::array& weight_scale, const py::object& bias, const std::string& epilogue, int64_t bits,
+                    const py::object& residual) {
   constexpr const char* kName = "linear_s8";
   const auto& table = tersor::table_or_throw();
   int64_t M = 0, K = 0;
@@ -214,7 +228,7 @@ py::array linear_s8(const py::array& q, const py::array& scale, const py::array&
   rows.scale = exact<float>(kName, "scale", scale, {M});
   const tersor::LinearWeights w = weights_of(kName, weight_packed, weight_scale, bias, epilogue, K, bits);
   py::array_t<float> y({M, w.N});
-  const tersor::Output out{y.mutable_data(), Dtype::f32};
+  const tersor::Output out{y.mutable_data(), Dtype::f32, residual_of(kName, residual, y.dtype(), M, w.N), w.N};
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
@@ -222,6 +236,78 @@ py::array linear_s8(const py::array& q, const py::array& scale, const py::array&
   }
   tersor::check_memory(kName, error);
   return y;
+}
+
+tersor::LinearWeights gated(const char* function, tersor::LinearWeights w) {
+  if (w.N % (2 * tersor::kTileN))
+    fail(function, "weight_scale has ", w.N, " channels, expected a multiple of 32: gate and up in turn");
+  w.glu = true;
+  return w;
+}
+
+py::array linear_glu(const py::array& x, const py::array& weight_packed, const py::array& weight_scale, const py::object& bias,
+                     const std::string& activation, int64_t bits) {
+  constexpr const char* kName = "linear_glu";
+  return float_linear(kName, tersor::linear_dynamic, x, weight_packed, weight_scale, bias, activation, bits, py::none(),
+                      [](tersor::LinearWeights& w) { w = gated(kName, w); });
+}
+
+struct S8Result {
+  py::array_t<int8_t> q;
+  py::array_t<float> scale;
+  py::array_t<int32_t> row_sum;
+  S8Result(int64_t M, int64_t K) : q({M, K}), scale(M), row_sum(M) {}
+  tersor::S8Output out() { return {q.mutable_data(), scale.mutable_data(), row_sum.mutable_data()}; }
+};
+
+py::tuple linear_glu_quantize(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
+                              const py::object& bias, const std::string& activation, int64_t bits) {
+  constexpr const char* kName = "linear_glu_quantize";
+  const auto& table = tersor::table_or_throw();
+  const XRows r = rows_of(kName, x);
+  const tersor::LinearWeights w = gated(kName, weights_of(kName, weight_packed, weight_scale, bias, activation, r.K, bits));
+  S8Result rows(r.M, w.N / 2);
+  const tersor::S8Output out = rows.out();
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::linear_glu_quantize(table, r.M, r.rows, w, r.rows.dtype, out);
+  }
+  tersor::check_memory(kName, error);
+  return py::make_tuple(rows.q, rows.scale, rows.row_sum);
+}
+
+// x and residual C-contiguous; (q, scale, row_sum, sum, y).
+py::tuple norm_quantize(const py::array& x, const py::object& residual, const py::object& weight, const py::object& bias,
+                        double eps, const std::string& kind) {
+  constexpr const char* kName = "norm_quantize";
+  const auto& table = tersor::table_or_throw();
+  const XRows r = rows_of(kName, x);
+  if (r.rows.stride_k != 1) fail(kName, "x has strided rows");
+  tersor::Norm norm{};
+  norm.K = r.K;
+  norm.eps = static_cast<float>(eps);
+  norm.rms = kind == "rms";
+  if (!norm.rms && kind != "layer") fail(kName, "kind is '", kind, "', expected layer or rms");
+  auto vector_of = [&](const char* name, const py::object& v) {
+    return v.is_none() ? nullptr : exact<float>(kName, name, py::cast<py::array>(v), {r.K});
+  };
+  norm.weight = vector_of("weight", weight);
+  norm.bias = vector_of("bias", bias);
+  if (norm.rms && norm.bias) fail(kName, "bias is given, expected None for kind='rms'");
+  const tersor::Rows added{residual_of(kName, residual, x.dtype(), r.M, r.K), r.rows.dtype, r.K};
+  S8Result rows(r.M, r.K);
+  const std::vector<py::ssize_t> sizes{r.M, r.K};
+  py::array sum(x.dtype(), sizes), y(x.dtype(), sizes);
+  const tersor::S8Output out = rows.out();
+  void *sum_out = sum.mutable_data(), *y_out = y.mutable_data();
+  const char* error = nullptr;
+  {
+    py::gil_scoped_release unlocked;
+    error = tersor::norm_quantize(table, r.M, {r.rows.x, r.rows.dtype, r.rows.stride_m}, added, norm, out, sum_out, y_out);
+  }
+  tersor::check_memory(kName, error);
+  return py::make_tuple(rows.q, rows.scale, rows.row_sum, sum, y);
 }
 
 // {"variants": [(name, runnable, missing)], "kernels": {entry: variant}, "error": ""} for this process.
@@ -296,4 +382,7 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("linear_weight_only", &linear_weight_only);
   m.def("linear_acc", &linear_acc);
   m.def("linear_s8", &linear_s8);
+  m.def("linear_glu", &linear_glu);
+  m.def("linear_glu_quantize", &linear_glu_quantize);
+  m.def("norm_quantize", &norm_quantize);
 }

@@ -44,13 +44,14 @@ const char* norm_quantize(const KernelTable& kt, int64_t M, const Rows& x, const
   auto* scratch = reinterpret_cast<float*>(thread_scratch.get((slice * pieces + 2 * weights) * 4));
   if (!scratch && K > 0) return kOutOfMemory;
   float* wide = scratch + slice * pieces;
-  auto widen = [&](const void* v, Dtype dtype, float* to) {
-    if (!v || dtype == Dtype::f32) return static_cast<const float*>(v);
-    kt.widen_x.run(v, dtype, K, to);
-    return static_cast<const float*>(to);
+  auto widen = [&](const void* v, Dtype dtype, float absent, float* to) -> const float* {
+    if (v && dtype == Dtype::f32) return static_cast<const float*>(v);
+    if (v) kt.widen_x.run(v, dtype, K, to);
+    for (int64_t k = 0; k < K && !v; ++k) to[k] = absent;
+    return to;
   };
-  const float* weight = widen(norm.weight, norm.weight_dtype, wide);
-  const float* bias = widen(norm.bias, norm.bias_dtype, wide + weights);
+  const float* weight = widen(norm.weight, norm.weight_dtype, 1.0f, wide);
+  const float* bias = norm.rms ? nullptr : widen(norm.bias, norm.bias_dtype, 0.0f, wide + weights);
   auto row = [&](const Rows& rows, int64_t m) -> Rows {
     return {rows.x ? static_cast<const char*>(rows.x) + m * rows.ld * bytes : nullptr, rows.dtype, rows.ld};
   };

@@ -69,15 +69,15 @@ struct QuantizeArgs {
 };
 
 // Rows [0, M) of s = x + residual, rounded to the dtype of x, are normalised and become s8 rows as QuantizeArgs makes them:
-//   layer  y = ((s - mean) * (1 / sqrt(variance + eps))) * weight + bias
-//   rms    y = (s * (1 / sqrt(mean of s^2 + eps))) * weight
-// in f32, rounded to the dtype of x. Sums in 32 lanes by k mod 32, the lanes in a tree (norm_quantize.inl).
+//   layer  y = (s * inverse - mean * inverse) * weight + bias    inverse = 1 / sqrt(variance + eps)
+//   rms    y = (s * inverse) * weight                            inverse = 1 / sqrt(mean of s^2 + eps)
+// in f32 with fma, rounded to the dtype of x. Sums in 64 lanes by k mod 64, the lanes in a tree (norm_quantize.inl).
 struct NormArgs {
   Rows x;
   Rows residual;  // x: null: s = x
   int64_t M, K;
-  const float* weight;  // [K] or null
-  const float* bias;    // [K] or null
+  const float* weight;  // [K]
+  const float* bias;    // [K]; not read for rms
   float eps;
   bool rms;
   int8_t* q;         // [M][K]
@@ -87,7 +87,7 @@ struct NormArgs {
   void* y;           // y, the same
   float* scratch;    // scratch_floats(), 64-byte aligned
 
-  static constexpr int64_t scratch_floats(int64_t K, bool residual) { return (residual ? 3 : 1) * round_up(K, 64); }
+  static constexpr int64_t scratch_floats(int64_t K, bool residual) { return (residual ? 6 : 2) * round_up(K, 64); }
 };
 
 // Rows [0, M) of x against a threshold for each k become bits, 1 where x >= threshold, 0 past K, in the order of a 1-bit tile:

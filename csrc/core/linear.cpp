@@ -190,14 +190,14 @@ void zero_past_k(int8_t* q, int64_t rows, int64_t ldq, const LinearWeights& w) {
 // Tiles of gate and up that are multiplied before they become one: they stay in L1 or L2 meanwhile. 12 are whole panels of every
 // register block.
 constexpr int64_t kGluTiles = 12;
-constexpr int64_t kGluBytes = int64_t{48} << 10;
+constexpr int64_t kGluBytes = kBlockRows * kGluTiles * kTileN * 4;
 int64_t glu_tiles(int64_t rows) {
   const int64_t fit = kGluBytes / (rows * kTileN * 4 * kGluTiles) * kGluTiles;
   return fit > kGluTiles ? fit : kGluTiles;
 }
 // Rows are a line further apart than they are long, as those of s8 are.
 int64_t glu_stride(int64_t rows) { return (glu_tiles(rows) + 1) * kTileN; }
-int64_t glu_bytes(const LinearWeights& w, int64_t rows) { return w.glu ? rows * glu_stride(rows) * 4 : 0; }
+int64_t glu_bytes(const LinearWeights& w) { return w.glu ? kGluBytes + kBlockRows * kTileN * 4 : 0; }
 
 // A block of rows times the tiles of a range; `both` holds glu_bytes.
 void multiply(const KernelTable& kt, const IntGemm& gemm, const LinearWeights& w, const GemmArgs& args, const GemmRange& range,
@@ -271,7 +271,7 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
   const int64_t ldq = s8_stride(w.K), groups = groups_of(w);
   const int64_t row_bytes = ldq + gemm.row_scratch(w.K) + 8 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K) + glu_bytes(w, mc);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 320 + gather_bytes(x, w.K) + glu_bytes(w);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -284,7 +284,7 @@ const char* linear_dynamic(const KernelTable& kt, int64_t M, const StridedRows& 
     auto* row_sum = carve.take<int32_t>(mc);
     auto* group_sum = carve.take<int32_t>(mc * groups);
     char* row = carve.take<char>(gather_bytes(x, w.K));
-    auto* both = carve.take<float>(glu_bytes(w, mc) / 4);
+    auto* both = carve.take<float>(glu_bytes(w) / 4);
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;
@@ -309,7 +309,7 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
   const int64_t ldq = copy ? s8_stride(w.K) : x.ldq, groups = groups_of(w);
   const int64_t row_bytes = (copy ? ldq : 0) + gemm.row_scratch(w.K) + 1 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 128 + glu_bytes(w, mc);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 128 + glu_bytes(w);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));
@@ -319,7 +319,7 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
     Carver carve{scratch + i * slice};
     auto* rows_copy = carve.take<int8_t>(copy ? mc * ldq : 0);
     auto* group_sum = carve.take<int32_t>(mc * groups);
-    auto* both = carve.take<float>(glu_bytes(w, mc) / 4);
+    auto* both = carve.take<float>(glu_bytes(w) / 4);
     void* gemm_scratch = carve.at;
     for (int64_t m = r.m0; m < r.m1; m += mc) {
       const int64_t rows = m + mc < r.m1 ? mc : r.m1 - m;

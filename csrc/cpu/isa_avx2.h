@@ -74,7 +74,8 @@ struct Isa {
   static Vf div(Vf a, Vf b) { return _mm256_div_ps(a, b); }
   static Vf min_(Vf a, Vf b) { return _mm256_min_ps(a, b); }
   static Vf max_(Vf a, Vf b) { return _mm256_max_ps(a, b); }
-  static Vf muladd(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vf muladd(Vf a, Vf b, Vf c) { return fma(a, b, c); }
+  static Vf fma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
   static float reduce_add(Vf a) { return reduce_add(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))); }
   static float reduce_add(__m128 a) {
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));

@@ -52,7 +52,8 @@ struct Avx512Vnni {
   static Vf div(Vf a, Vf b) { return _mm512_div_ps(a, b); }
   static Vf min_(Vf a, Vf b) { return _mm512_min_ps(a, b); }
   static Vf max_(Vf a, Vf b) { return _mm512_max_ps(a, b); }
-  static Vf muladd(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vf muladd(Vf a, Vf b, Vf c) { return fma(a, b, c); }
+  static Vf fma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
   static float reduce_add(Vf a) {
     const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));

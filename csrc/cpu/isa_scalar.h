@@ -119,6 +119,10 @@ struct Isa {
   static Vf muladd(Vf a, Vf b, Vf c) { return add(mul(a, b), c); }
   // The lanes in halves: i and i + kLanes / 2 first, at last 0 and 1.
   static float reduce_add(Vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+  // a * b + c with one rounding, on every instruction set.
+  static Vf fma(Vf a, Vf b, Vf c) {
+    return each_f([&](int i) { return round_once(a.v[i], b.v[i], c.v[i]); });
+  }
   static Vf to_f32(Vi a) {
     return each_f([&](int i) { return static_cast<float>(a.v[i]); });
   }
@@ -170,9 +174,8 @@ struct Isa {
   static Vi add_s8(Vi acc, Vi packed) {
     int8_t bytes[4 * kLanes];
     __builtin_memcpy(bytes, &packed, sizeof bytes);
-    return each_i([&](int i) {
-      return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]);
-    });
+    return each_i(
+        [&](int i) { return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]); });
   }
 
   // The dot product: kLanes words of four codes, one word of four s8 broadcast, four products added to each lane.
@@ -232,6 +235,20 @@ struct Isa {
 
  private:
   static int32_t s8(char c) { return static_cast<int8_t>(c); }
+
+  // Without an instruction for it: the product is exact in double, the sum is rounded to odd there, so that rounding it to float is
+  // the only rounding (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008).
+  static float round_once(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b, sum = product + c;
+    const double from_c = sum - product, error = (product - (sum - from_c)) + (c - from_c);
+    if (!(error < 0 || error > 0)) return static_cast<float>(sum);
+    uint64_t bits;
+    __builtin_memcpy(&bits, &sum, 8);
+    if (bits % 2 == 0) bits = (error > 0) == (sum > 0) ? bits + 1 : bits - 1;
+    double odd;
+    __builtin_memcpy(&odd, &bits, 8);
+    return static_cast<float>(odd);
+  }
 
   static float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;

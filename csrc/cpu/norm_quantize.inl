@@ -1,16 +1,18 @@
 // Layer and RMS norm to s8 rows: the formula of NormArgs in kernel_table.h. x is read once from memory; what follows finds the row
-// in L1. Sums are in a fixed order and nothing is fused, so every variant gives the same bits.
+// in L1. Sums are in a fixed order and fma rounds once everywhere, so every variant gives the same bits.
 
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int kStatLanes = 32;  // partial sums of a row, lane k mod 32: what hides the latency of an addition on AVX2 and AVX-512
+constexpr int kStatLanes = 64;  // partial sums of a row, lane k mod 64: four registers of AVX-512 hide the latency of fma
 constexpr int kStatVecs = kStatLanes / Isa::kLanes;
-constexpr float kLeastSpread = 0.125f;  // variance against the mean square around the row's first value
+constexpr float kLeastSpread = 0.125f;  // variance over the mean square: below it too much has cancelled
 
-// The lanes in halves: i and i + 16, then 8, 4, 2, 1.
+// The lanes in halves: i and i + 32, then 16, 8, 4, 2, 1.
 inline float add_lanes(Vf (&sums)[kStatVecs]) {
+#pragma GCC unroll 4
   for (int half = kStatVecs / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) sums[i] = Isa::add(sums[i], sums[half + i]);
   }
   return Isa::reduce_add(sums[0]);
@@ -21,6 +23,8 @@ template <Dtype kDtype>
 Vf rounded(Vf v) {
   if constexpr (kDtype == Dtype::f32) {
     return v;
+  } else if constexpr (kDtype == Dtype::bf16) {
+    return Isa::from_bits(Isa::shl<16>(to_bf16(v)));
   } else {
     alignas(64) uint16_t narrow[Isa::kLanes];
     store_as(narrow, kDtype, 0, v);
@@ -35,9 +39,15 @@ inline Vf first_lanes(Vf v, int64_t count) {
   return load_tail(lanes, Dtype::f32, 0, count);
 }
 
-template <Dtype kDtype>
-void store_row(void* row, int64_t k, int64_t K, Vf v) {
-  if (k + Isa::kLanes <= K) {
+// A row of floats, read and written without a byte past its end: kWhole says that the vector at k lies within.
+template <Dtype kDtype, bool kWhole>
+Vf load_part(const void* row, int64_t k, int64_t K) {
+  if constexpr (kWhole) return load_as(row, kDtype, k);
+  return load_tail(row, kDtype, k, K);
+}
+template <Dtype kDtype, bool kWhole>
+void store_part(void* row, int64_t k, int64_t K, Vf v) {
+  if constexpr (kWhole) {
     store_as(row, kDtype, k, v);
   } else {
     alignas(64) char last[Isa::kLanes * 4];
@@ -46,135 +56,203 @@ void store_row(void* row, int64_t k, int64_t K, Vf v) {
   }
 }
 
-// f(v, k) for each vector of a row, v = k / kLanes mod kStatVecs.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// f(v, k, whole) for each vector of a row, v = k / kLanes mod kStatVecs.
 template <typename F>
 [[gnu::always_inline]] inline void each_vector(int64_t K, F f) {
   int64_t k = 0;
   for (; k + kStatLanes <= K; k += kStatLanes) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kStatVecs; ++v) f(v, k + v * Isa::kLanes);
+#pragma GCC unroll 16
+    for (int v = 0; v < kStatVecs; ++v) f(v, k + v * Isa::kLanes, Flag<true>{});
   }
-  for (int v = 0; k < K; ++v, k += Isa::kLanes) f(v, k);
+  int v = 0;
+  for (; k + Isa::kLanes <= K; ++v, k += Isa::kLanes) f(v, k, Flag<true>{});
+  if (k < K) f(v, k, Flag<false>{});
 }
 
+// y = ((s * inverse) + shift) * weight + bias: inverse = 1 / sqrt(variance + eps), or of the mean square; shift = -mean * inverse.
 struct Moments {
-  float mean, inverse;  // 1 / sqrt(variance + eps), or of the mean square
+  float inverse, shift;
 };
 
+// sum of (s - mean)^2, less what the rounding of the mean adds.
+template <Dtype kDtype>
+[[gnu::noinline]] float spread_around(const void* s, int64_t K, float mean) {
+  Vf sum[kStatVecs], square[kStatVecs];
+  for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
+  const Vf centre = Isa::set1(mean);
+  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+    Vf d = Isa::sub(load_part<kDtype, whole.value>(s, k, K), centre);
+    if constexpr (!whole.value) d = first_lanes(d, K - k);
+    sum[v] = Isa::add(sum[v], d);
+    square[v] = Isa::fma(d, d, square[v]);
+  });
+  const float squares = add_lanes(square), total = add_lanes(sum);
+  const float spread = squares - total * (total / static_cast<float>(K));
+  return spread >= 0.0f ? spread : squares;
+}
+
+// Moments of s = x + residual, which is left in `s`; without a residual s is x, and the pointer is not used.
 template <Dtype kDtype, bool kResidual, bool kRms>
-struct Norm {
-  const NormArgs& a;
+Moments moments(const void* x, const void* residual, int64_t K, float eps, float* s) {
+  const float share = 1.0f / static_cast<float>(K);
+  Vf sum[kStatVecs], square[kStatVecs];
+#pragma GCC unroll 16
+  for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
+  auto load_s = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+    const Vf from = load_part<kDtype, whole.value>(x, k, K);
+    if constexpr (!kResidual) return from;
+    return rounded<kDtype>(Isa::add(from, load_part<kDtype, whole.value>(residual, k, K)));
+  };
+  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+    const Vf d = load_s(k, whole);
+    if constexpr (kResidual) store_part<Dtype::f32, whole.value>(s, k, K, d);
+    if constexpr (!kRms) sum[v] = Isa::add(sum[v], d);
+    square[v] = Isa::fma(d, d, square[v]);
+  });
+  const float squares = add_lanes(square);
+  if constexpr (kRms) return {1.0f / __builtin_sqrtf(squares * share + eps), 0.0f};
+  const float total = add_lanes(sum), mean = total * share;
+  float spread = squares - total * mean;
+  // Far from 0 little is left of the difference (nothing after an overflow, NaN among NaNs): once more, around the mean.
+  if (!(spread >= squares * kLeastSpread)) {
+    spread = kResidual ? spread_around<Dtype::f32>(s, K, mean) : spread_around<kDtype>(x, K, mean);
+  }
+  const float inverse = 1.0f / __builtin_sqrtf(spread * share + eps);
+  return {inverse, -(mean * inverse)};
+}
+
+// Rows that are normalised together: they share the loads of weight and bias.
+template <int kRows>
+struct Group {
+  const void* s[kRows];
+  float* y[kRows];  // f32 values of the dtype of x
+  Moments moments[kRows];
+  int32_t absmax[kRows];  // bits of the largest magnitude of y
+};
+
+template <Dtype kDtype, Dtype kFrom, bool kRms, int kRows>
+void normalize(const NormArgs& a, Group<kRows>& rows) {
   const Vi magnitude = Isa::set1_i(0x7fffffff);
-
-  static Vf load(const void* row, Dtype dtype, int64_t k, int64_t K) {
-    return k + Isa::kLanes <= K ? load_as(row, dtype, k) : load_tail(row, dtype, k, K);
+  const int64_t K = a.K;
+  const float *weight = a.weight, *bias = a.bias;
+  Group<kRows> g = rows;
+  Vf inverse[kRows], shift[kRows];
+  Vi largest[kRows][2];
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) {
+    inverse[i] = Isa::set1(g.moments[i].inverse);
+    shift[i] = Isa::set1(g.moments[i].shift);
+    largest[i][0] = largest[i][1] = Isa::zero_i();
   }
-  const char* x_row(int64_t m) const { return element(a.x.x, kDtype, m * a.x.ld); }
-  // Rows of s: x itself, or what moments() has left in scratch. Two, as those of the next row are taken before this one is done.
-  float* s_row(int64_t m) const { return a.scratch + (1 + (m & 1)) * round_up(a.K, 64); }
-  Vf load_s(int64_t m, int64_t k) const {
-    if constexpr (kResidual) return Isa::load(s_row(m) + k);
-    return load(x_row(m), kDtype, k, a.K);
-  }
-
-  Vf add_residual(int64_t m, int64_t k) const {
-    const Vf x = load(x_row(m), kDtype, k, a.K);
-    if constexpr (!kResidual) return x;
-    return rounded<kDtype>(Isa::add(x, load(element(a.residual.x, kDtype, m * a.residual.ld), kDtype, k, a.K)));
-  }
-
-  Moments moments(int64_t m) const {
-    const int64_t K = a.K;
-    const float share = 1.0f / static_cast<float>(K);
-    Vf sum[kStatVecs], square[kStatVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
-    // Around the row's first value one pass will do: squares around 0 would cancel where the mean is large.
-    alignas(64) float first[Isa::kLanes] = {};
-    if constexpr (!kRms) Isa::store(first, add_residual(m, 0));
-    const Vf shift = Isa::set1(first[0]);
-    each_vector(K, [&](int v, int64_t k) __attribute__((always_inline)) {
-      const Vf s = add_residual(m, k);
-      if constexpr (kResidual) Isa::store(s_row(m) + k, s);
-      if (a.sum) store_row<kDtype>(element(a.sum, kDtype, m * K), k, K, s);
+  auto part = [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+    const Vf w = load_part<Dtype::f32, whole.value>(weight, k, K);
+    Vf b;
+    if constexpr (!kRms) b = load_part<Dtype::f32, whole.value>(bias, k, K);
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      Vf value = load_part<kFrom, whole.value>(g.s[i], k, K);
       if constexpr (kRms) {
-        square[v] = Isa::add(square[v], Isa::mul(s, s));
+        value = Isa::mul(Isa::mul(value, inverse[i]), w);
       } else {
-        Vf d = Isa::sub(s, shift);
-        if (k + Isa::kLanes > K) d = first_lanes(d, K - k);
-        sum[v] = Isa::add(sum[v], d);
-        square[v] = Isa::add(square[v], Isa::mul(d, d));
+        value = Isa::fma(Isa::fma(value, inverse[i], shift[i]), w, b);
       }
-    });
-    const float squares = add_lanes(square);
-    if constexpr (kRms) return {0.0f, 1.0f / __builtin_sqrtf(squares * share + a.eps)};
-    float total = add_lanes(sum), offset = total * share;
-    float spread = squares - total * offset;
-    float mean = first[0] + offset;
-    // The first value may be an outlier: then the difference says little (or nothing, NaN and overflow included).
-    if (!(spread >= squares * kLeastSpread)) {
-      spread = spread_around(m, mean);
+      value = rounded<kDtype>(value);
+      if constexpr (!whole.value) value = first_lanes(value, K - k);
+      store_part<Dtype::f32, whole.value>(g.y[i], k, K, value);
+      largest[i][v] = Isa::max_i(largest[i][v], Isa::and_i(Isa::bits(value), magnitude));
     }
-    return {mean, 1.0f / __builtin_sqrtf(spread * share + a.eps)};
+  };
+  int64_t k = 0;
+  for (; k + 2 * Isa::kLanes <= K; k += 2 * Isa::kLanes) {
+    part(0, k, Flag<true>{});
+    part(1, k + Isa::kLanes, Flag<true>{});
+  }
+  for (; k + Isa::kLanes <= K; k += Isa::kLanes) part(0, k, Flag<true>{});
+  if (k < K) part(0, k, Flag<false>{});
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) rows.absmax[i] = Isa::reduce_max(Isa::max_i(largest[i][0], largest[i][1]));
+}
+
+// f32 values of kDtype where they are wanted.
+template <Dtype kDtype>
+[[gnu::noinline]] void narrow_row(const float* from, int64_t K, void* to) {
+  each_vector(K, [&](int, int64_t k, auto whole) __attribute__((always_inline)) {
+    store_part<kDtype, whole.value>(to, k, K, load_part<Dtype::f32, whole.value>(from, k, K));
+  });
+}
+
+template <Dtype kDtype, bool kResidual, bool kRms>
+struct NormRows {
+  static constexpr bool kNarrow = kDtype != Dtype::f32;
+  static constexpr Dtype kFrom = kResidual ? Dtype::f32 : kDtype;
+  const NormArgs& a;
+  const int64_t ld = round_up(a.K, 64);
+
+  char* at(void* rows, int64_t m) const { return element(rows, kDtype, m * a.K); }
+  const char* x(int64_t m) const { return element(a.x.x, kDtype, m * a.x.ld); }
+  // f32 rows that are wanted are written in place. Scratch holds two rows of y and four of s, as those of the next group are taken
+  // before this one is done.
+  float* y(int64_t m) const { return !kNarrow && a.y ? reinterpret_cast<float*>(at(a.y, m)) : a.scratch + m % 2 * ld; }
+  float* s(int64_t m) const { return !kNarrow && a.sum ? reinterpret_cast<float*>(at(a.sum, m)) : a.scratch + (2 + m % 4) * ld; }
+
+  Moments moments_of(int64_t m) const {
+    if constexpr (kResidual) {
+      const char* residual = element(a.residual.x, kDtype, m * a.residual.ld);
+      const Moments found = moments<kDtype, true, kRms>(x(m), residual, a.K, a.eps, s(m));
+      if (kNarrow && a.sum) narrow_row<kDtype>(s(m), a.K, at(a.sum, m));
+      return found;
+    } else {
+      if (a.sum) __builtin_memcpy(at(a.sum, m), x(m), static_cast<size_t>(a.K * dtype_bytes(kDtype)));
+      return moments<kDtype, false, kRms>(x(m), nullptr, a.K, a.eps, nullptr);
+    }
   }
 
-  // sum of (s - mean)^2, less what the rounding of the mean adds.
-  [[gnu::noinline]] float spread_around(int64_t m, float mean) const {
-    const int64_t K = a.K;
-    Vf sum[kStatVecs], square[kStatVecs];
-    for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
-    const Vf centre = Isa::set1(mean);
-    each_vector(K, [&](int v, int64_t k) __attribute__((always_inline)) {
-      Vf d = Isa::sub(load_s(m, k), centre);
-      if (k + Isa::kLanes > K) d = first_lanes(d, K - k);
-      sum[v] = Isa::add(sum[v], d);
-      square[v] = Isa::add(square[v], Isa::mul(d, d));
-    });
-    const float squares = add_lanes(square), total = add_lanes(sum);
-    const float spread = squares - total * (total / static_cast<float>(K));
-    return spread >= 0.0f ? spread : squares;
+  template <int kRows>
+  void quantize_group(int64_t m, const Group<kRows>& g) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = m + i;
+      if (kNarrow && a.y) narrow_row<kDtype>(g.y[i], a.K, at(a.y, row));
+      quantize_by<Dtype::f32, false>(g.y[i], a.K, g.absmax[i], a.q + row * a.K, a.scale + row, a.row_sum + row);
+    }
   }
 
-  // y in scratch (and where it is wanted); returns the bits of its largest magnitude.
-  int32_t normalize(int64_t m, const Moments& moments) const {
-    const int64_t K = a.K;
-    const Vf mean = Isa::set1(moments.mean), inverse = Isa::set1(moments.inverse);
-    Vi largest[kStatVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kStatVecs; ++v) largest[v] = Isa::zero_i();
-    each_vector(K, [&](int v, int64_t k) __attribute__((always_inline)) {
-      Vf y = load_s(m, k);
-      if constexpr (!kRms) y = Isa::sub(y, mean);
-      y = Isa::mul(y, inverse);
-      if (a.weight) y = Isa::mul(y, load(a.weight, Dtype::f32, k, K));
-      if (a.bias) y = Isa::add(y, load(a.bias, Dtype::f32, k, K));
-      y = rounded<kDtype>(y);
-      if (k + Isa::kLanes > K) y = first_lanes(y, K - k);
-      if (a.y) store_row<kDtype>(element(a.y, kDtype, m * K), k, K, y);
-      Isa::store(a.scratch + k, y);
-      largest[v] = Isa::max_i(largest[v], Isa::and_i(Isa::bits(y), magnitude));
-    });
-    for (int v = 1; v < kStatVecs; ++v) largest[0] = Isa::max_i(largest[0], largest[v]);
-    return Isa::reduce_max(largest[0]);
+  // Rows [m, m + kRows) with their moments known; next: those of the two rows that follow are found meanwhile, as reductions and
+  // roots take as long as a third of a pass: each is followed by work that does not wait for it.
+  template <int kRows>
+  void group(int64_t m, Moments (&next)[2]) const {
+    Group<kRows> g;
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      g.s[i] = kResidual ? static_cast<const void*>(s(m + i)) : x(m + i);
+      g.y[i] = y(m + i);
+      g.moments[i] = next[i];
+    }
+    normalize<kDtype, kFrom, kRms, kRows>(a, g);
+    for (int i = 0; i < 2 && m + kRows + i < a.M; ++i) next[i] = moments_of(m + kRows + i);
+    quantize_group(m, g);
   }
 
-  // Reductions take as long as a third of a pass: each is followed by work that does not wait for it.
   void run() const {
-    Moments next = moments(0);
-    for (int64_t m = 0; m < a.M; ++m) {
-      const int32_t absmax = normalize(m, next);
-      if (m + 1 < a.M) next = moments(m + 1);
-      quantize_by<Dtype::f32, false>(a.scratch, a.K, absmax, a.q + m * a.K, a.scale + m, a.row_sum + m);
-    }
+    Moments next[2] = {moments_of(0), {}};
+    if (a.M > 1) next[1] = moments_of(1);
+    int64_t m = 0;
+    for (; m + 2 <= a.M; m += 2) group<2>(m, next);
+    if (m < a.M) group<1>(m, next);
   }
 };
 
 template <Dtype kDtype>
 void norm_rows(const NormArgs& a) {
   if (a.rms) {
-    a.residual.x ? Norm<kDtype, true, true>{a}.run() : Norm<kDtype, false, true>{a}.run();
+    a.residual.x ? NormRows<kDtype, true, true>{a}.run() : NormRows<kDtype, false, true>{a}.run();
   } else {
-    a.residual.x ? Norm<kDtype, true, false>{a}.run() : Norm<kDtype, false, false>{a}.run();
+    a.residual.x ? NormRows<kDtype, true, false>{a}.run() : NormRows<kDtype, false, false>{a}.run();
   }
 }
 

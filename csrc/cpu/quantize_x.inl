@@ -125,8 +125,8 @@ void quantize_rows(const QuantizeArgs& a) {
       __builtin_memcpy(&row_bits, a.absmax + m, 4);
       row_bits &= 0x7fffffff;
     }
-    (a.absmax ? quantize_by<kDtype, true> : quantize_by<kDtype, false>)(x, a.K, row_bits, a.q + m * a.ldq, a.scale + m,
-                                                                        a.row_sum + m);
+    const auto row = a.absmax ? quantize_by<kDtype, true> : quantize_by<kDtype, false>;
+    row(x, a.K, row_bits, a.q + m * a.ldq, a.scale + m, a.row_sum + m);
   }
 }
 

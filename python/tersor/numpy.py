@@ -133,6 +133,7 @@ def linear_s8(
     bias: Array | None = None,
     epilogue: str = "none",
     bits: int = 8,
+    residual: Array | None = None,
 ) -> Array:
     """float32 [M, N] from rows that are already int8; as ops.linear_s8."""
     q = _rows_s8("linear_s8", q)
@@ -147,18 +148,64 @@ def linear_s8(
         _vector("linear_s8", "bias", bias, np.float32),
         epilogue,
         bits,
+        _residual("linear_s8", residual, np.dtype(np.float32), (len(q), len(scales))),
     )
 
 
 def linear_dynamic(
-    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none", bits: int = 8
+    x: Array,
+    weight_packed: Array,
+    weight_scale: Array,
+    bias: Array | None = None,
+    epilogue: str = "none",
+    bits: int = 8,
+    residual: Array | None = None,
 ) -> Array:
     """The layer of 8, 4, 2 or 1 bit codes with dynamic int8 activations, [M, N] in the dtype of x; as ops.linear_dynamic."""
-    return _float_linear("linear_dynamic", bits, x, weight_packed, weight_scale, (), bias, epilogue, bits)
+    return _float_linear("linear_dynamic", bits, x, weight_packed, weight_scale, (), bias, epilogue, bits, residual=residual)
+
+
+def linear_glu(
+    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, activation: str = "silu", bits: int = 8
+) -> Array:
+    """act(gate) * up of one weight with tiles of both in turn, [M, F] in the dtype of x; as ops.linear_glu."""
+    return _float_linear("linear_glu", bits, x, weight_packed, weight_scale, (), bias, activation, bits, residual=_NO_RESIDUAL)
+
+
+def linear_glu_quantize(
+    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, activation: str = "silu", bits: int = 8
+) -> tuple[Array, Array, Array]:
+    """The same as int8 rows (q [M, F], scale [M], row_sum [M]); as ops.linear_glu_quantize."""
+    return _float_linear(
+        "linear_glu_quantize", bits, x, weight_packed, weight_scale, (), bias, activation, bits, residual=_NO_RESIDUAL
+    )
+
+
+def norm_quantize(
+    x: Array,
+    residual: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    kind: str = "layer",
+) -> tuple[Array, Array, Array, Array, Array]:
+    """(q int8 [M, K], scale float32 [M], row_sum int32 [M], s, y in the dtype of x): s = x + residual, y its norm; q is y as rows.
+
+    x float32 / float16 [M, K], weight and bias float32 [K], kind "layer" or "rms"; as ops.norm_quantize.
+    """
+    x = np.ascontiguousarray(_floats("norm_quantize", "x", x))
+    vectors = (_vector("norm_quantize", name, v, np.float32) for name, v in (("weight", weight), ("bias", bias)))
+    return _kernels().norm_quantize(x, _residual("norm_quantize", residual, x.dtype, x.shape), *vectors, float(eps), kind)
 
 
 def linear_grouped(
-    x: Array, weight_packed: Array, weight_scale: Array, group_scale: Array, bias: Array | None = None, epilogue: str = "none"
+    x: Array,
+    weight_packed: Array,
+    weight_scale: Array,
+    group_scale: Array,
+    bias: Array | None = None,
+    epilogue: str = "none",
+    residual: Array | None = None,
 ) -> Array:
     """The int4 layer with a scale for each group of k (see pack_group_scale), [M, N] in the dtype of x; as ops.linear_grouped."""
     group_scale = np.asarray(group_scale)
@@ -170,7 +217,8 @@ def linear_grouped(
         )
     if (k > 0) != (groups > 0) or (groups and k % (32 * groups)):
         raise ValueError(f"linear_grouped: group_scale holds {groups} groups of K={k}, K / G must be a multiple of 32")
-    return _float_linear("linear_grouped", 4, x, weight_packed, weight_scale, (np.ascontiguousarray(group_scale),), bias, epilogue)
+    stored = (np.ascontiguousarray(group_scale),)
+    return _float_linear("linear_grouped", 4, x, weight_packed, weight_scale, stored, bias, epilogue, residual=residual)
 
 
 def binarize_rows(x: Array, threshold: Array) -> tuple[Array, Array]:
@@ -180,26 +228,40 @@ def binarize_rows(x: Array, threshold: Array) -> tuple[Array, Array]:
 
 
 def linear_xnor(
-    x: Array, weight_packed: Array, weight_scale: Array, threshold: Array, bias: Array | None = None, epilogue: str = "none"
+    x: Array,
+    weight_packed: Array,
+    weight_scale: Array,
+    threshold: Array,
+    bias: Array | None = None,
+    epilogue: str = "none",
+    residual: Array | None = None,
 ) -> Array:
     """The layer of signs times signs, [M, N] in the dtype of x; as ops.linear_xnor."""
     x = _floats("linear_xnor", "x", x)
     threshold = _threshold("linear_xnor", threshold, x.shape[1])
-    return _float_linear("linear_xnor", 1, x, weight_packed, weight_scale, (threshold,), bias, epilogue)
+    return _float_linear("linear_xnor", 1, x, weight_packed, weight_scale, (threshold,), bias, epilogue, residual=residual)
 
 
 def linear_static(
-    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None, input_scale: float, epilogue: str = "none"
+    x: Array,
+    weight_packed: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    input_scale: float,
+    epilogue: str = "none",
+    residual: Array | None = None,
 ) -> Array:
     """The int8 layer whose activations have one known scale, [M, N] in the dtype of x; as ops.linear_static."""
-    return _float_linear("linear_static", 8, x, weight_packed, weight_scale, (), bias, float(input_scale), epilogue)
+    return _float_linear(
+        "linear_static", 8, x, weight_packed, weight_scale, (), bias, float(input_scale), epilogue, residual=residual
+    )
 
 
 def linear_weight_only(
     x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none"
 ) -> Array:
     """Int8 weights, float activations, [M, N] in the dtype of x; as ops.linear_weight_only."""
-    return _float_linear("linear_weight_only", 8, x, weight_packed, weight_scale, (), bias, epilogue)
+    return _float_linear("linear_weight_only", 8, x, weight_packed, weight_scale, (), bias, epilogue, residual=_NO_RESIDUAL)
 
 
 def _float_linear(
@@ -211,14 +273,29 @@ def _float_linear(
     stored: tuple[Array, ...],
     bias: Array | None,
     *rest: Any,
-) -> Array:
-    """`stored`: what comes between weight_scale and bias."""
+    residual: Any,
+) -> Any:
+    """`stored`: what comes between weight_scale and bias; residual: _NO_RESIDUAL where the kernel takes none."""
     x = _floats(function, "x", x)
     scales = _vector(function, "weight_scale", weight_scale, np.float32)
     _check_tiles(function, weight_packed, len(scales), x.shape[1], bits)
+    if residual is not _NO_RESIDUAL:
+        rest = (*rest, _residual(function, residual, x.dtype, (len(x), len(scales))))
     return getattr(_kernels(), function)(
         x, np.ascontiguousarray(weight_packed), scales, *stored, _vector(function, "bias", bias, np.float32), *rest
     )
+
+
+_NO_RESIDUAL = object()
+
+
+def _residual(function: str, residual: Array | None, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | None:
+    if residual is None:
+        return None
+    residual = np.asarray(residual)
+    if residual.dtype != dtype or residual.shape != shape:
+        raise ValueError(f"{function}: residual is {residual.dtype} {residual.shape}, expected {dtype} {shape}")
+    return np.require(residual, requirements=["C", "A"])
 
 
 def _threshold(function: str, threshold: Array, k: int) -> Any:

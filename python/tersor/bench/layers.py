@@ -172,8 +172,7 @@ def stored_bytes(layer: QuantLinear) -> int:
 
 def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object] | None:
     """The matrix product alone: rows already quantised where the format quantises them, no module around the op. None where the
-    format has no such op: group scales are applied within the product, signs of x are taken within it, sparse weights have no op on
-    rows of int8."""
+    format has no such op: group scales are applied and signs of x taken within the product, sparse weights take float rows."""
     parameters, buffers = layer._parameters, layer._buffers
     if layer.format.op not in (ops.linear_dynamic, ops.linear_static, ops.linear_weight_only):
         return None

@@ -16,9 +16,9 @@ GROUPED = tersor.Int4(32)
 INT8 = [tersor.Int8Dynamic(), tersor.Int8Static(0.03), tersor.Int8WeightOnly()]
 SPARSE_FLOAT = tersor.SparseFloat()  # has no weight_scale, which many tests read: test_sparse.py has its own
 FORMATS = [*INT8, tersor.Int4(), GROUPED, tersor.Ternary(), tersor.Ternary("tensor"), tersor.Binary(), tersor.BinaryXnor()]
+FEW_BITS = [fmt for fmt in FORMATS if fmt not in INT8]
 FORMATS += [tersor.SparseInt8()]
 ANY_K = [fmt for fmt in FORMATS if fmt != GROUPED]
-FEW_BITS = [fmt for fmt in FORMATS if fmt not in INT8]
 
 
 def fitting(fmt: tersor.formats.Format, k: int) -> int:

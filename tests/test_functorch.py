@@ -53,6 +53,11 @@ def arguments(name: str, lead: tuple[int, ...]) -> tuple[list[Tensor], list]:
             if "s8" in name
             else ([x], [tiles, scale, bias, "relu"])
         )
+    if name.startswith("linear_sparse"):
+        weight = torch.randn(N, K) * (torch.rand(N, K) < 0.3)
+        values, w_scale, _ = ops.quantize_rows.reference(weight)
+        stored = ops.pack_sparse_float(weight) if "float" in name else (*ops.pack_sparse(values), w_scale)
+        return [x], [*stored, bias, "gelu"]
     if name.startswith("input_grad"):
         return [torch.randn(*lead, N)], [tiles, scale, K]
     if name == "quantize_static":

@@ -27,11 +27,11 @@ struct GemmParams {
   int64_t M, N;
   const uint8_t* a;  // [M] rows of lda bytes, readable up to a_bytes, both multiples of 16, aligned to 16
   int64_t lda, a_bytes;
-  const uint8_t* w;  // tiles, aligned to 16
-  int64_t tiles_k;   // ceil(K/kt)
-  int64_t k_blocks;  // of 64 bytes of a; blockIdx.z takes [z * k_blocks / splits, (z+1) * k_blocks / splits)
-  int64_t splits;
-  uint32_t* partial;  // null, or [splits][M][N]: what a block has summed goes here, raw
+  const uint8_t* w;        // tiles, aligned to 16
+  int64_t tiles_k;         // ceil(K/kt)
+  int64_t k_blocks;        // of 64 bytes of a
+  int64_t splits, k_unit;  // blockIdx.z takes its share of the k blocks, in units of k_unit: whole groups
+  uint32_t* partial;       // null, or [splits][M][N]: what a block has summed goes here, raw
   Epilogue epilogue;
   // Group scales only
   int64_t K, group_size;
@@ -211,7 +211,8 @@ __global__ void __launch_bounds__(S::kThreads) gemm_int(const __grid_constant__ 
   const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32, g = lane / 4, t = lane % 4;
   const int warp_m = warp / S::kWarpsN, warp_n = warp % S::kWarpsN;
   const int64_t m0 = ptx::block_x() * S::kRows, t0 = ptx::block_y() * L::kTiles, z = ptx::block_z();
-  const int64_t first = z * p.k_blocks / p.splits, last = (z + 1) * p.k_blocks / p.splits;
+  const int64_t units = ceil_div(p.k_blocks, p.k_unit), end = (z + 1) * units / p.splits * p.k_unit;
+  const int64_t first = z * units / p.splits * p.k_unit, last = end < p.k_blocks ? end : p.k_blocks;
   const int64_t warp_m0 = m0 + warp_m * S::kWarpRows, warp_n0 = t0 * kTileN + warp_n * kWarpN;
 
   Accumulators<P, S> c = {};

@@ -81,6 +81,8 @@ int run_linear(const LinearCall& call, const Plan& plan, Launch launch) {
   p.tiles_k = ceil_div(call.K, tile_k(bits));
   p.k_blocks = ceil_div(a_row, kBlockK);
   p.splits = plan.splits;
+  p.k_unit = 1;
+  while (call.group_scale && p.k_unit * kBlockK % call.group_size != 0 && p.k_unit < p.k_blocks) ++p.k_unit;
   p.partial = plan.splits > 1 ? static_cast<uint32_t*>(call.workspace) : nullptr;
   const Repair codes{1u << code_shift(bits), 1u << offset_shift(bits), 0}, xnor{2, 2, static_cast<uint32_t>(call.K)};
   Epilogue& e = p.epilogue;

@@ -58,6 +58,13 @@ def test_large_weights_lie_in_huge_pages(tmp_path: Path):
     assert_equal(loaded[0].weight_packed.detach(), packed.detach())
 
 
+@pytest.mark.skipif(not available(), reason="this system gives no huge pages")
+def test_large_outputs_are_first_touched_in_huge_pages():
+    layer = tersor.QuantLinear.from_linear(nn.Linear(16, 4096, bias=False), tersor.Int8Dynamic())
+    y = layer(torch.ones(4096, 16))
+    assert huge_bytes(y) >= y.numel() * 4 // 2
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4095])
 @pytest.mark.parametrize("size", [0, 1, 4 << 20, (4 << 20) + 1, (9 << 20) - 1])
 def test_contents_stay(size: int, offset: int):

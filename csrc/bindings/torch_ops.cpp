@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/huge_pages.h"
 #include "../core/linear.h"
 #include "../core/parallel.h"
 #include "check.h"
@@ -203,7 +204,10 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  Tensor fresh(made);
+  const int64_t bytes = fresh.numel() * fresh.element_size();
+  if (bytes >= tersor::kFreshBytes) tersor::expect_huge_pages(fresh.const_data_ptr(), bytes);
+  return fresh;
 }
 
 using Quantized = std::tuple<Tensor, Tensor, Tensor>;  // q, scale, row_sum

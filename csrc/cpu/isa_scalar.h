@@ -168,9 +168,8 @@ struct Isa {
   static Vi add_s8(Vi acc, Vi packed) {
     int8_t bytes[4 * kLanes];
     __builtin_memcpy(bytes, &packed, sizeof bytes);
-    return each_i([&](int i) {
-      return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]);
-    });
+    return each_i(
+        [&](int i) { return u(acc.v[i]) + u(bytes[4 * i]) + u(bytes[4 * i + 1]) + u(bytes[4 * i + 2]) + u(bytes[4 * i + 3]); });
   }
 
   // The dot product: kLanes words of four codes, one word of four s8 broadcast, four products added to each lane.

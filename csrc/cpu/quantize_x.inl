@@ -128,8 +128,8 @@ void quantize_rows(const QuantizeArgs& a) {
       if (a.K > 0) __builtin_memset(q, 0, static_cast<size_t>(a.K));
       a.row_sum[m] = 0;
     } else {
-      a.row_sum[m] = (a.absmax ? quantize_row<kDtype, true, false> : quantize_row<kDtype, false, false>)(x, a.K, 127.0f / absmax,
-                                                                                                         q, nullptr);
+      const auto row = a.absmax ? quantize_row<kDtype, true, false> : quantize_row<kDtype, false, false>;
+      a.row_sum[m] = row(x, a.K, 127.0f / absmax, q, nullptr);
     }
   }
 }

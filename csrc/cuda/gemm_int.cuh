@@ -68,6 +68,8 @@ struct Layout {
   static constexpr int kTiles = S::kCols / 16;
   static constexpr int kTileChunks = 8 * P::kBits;  // of an n tile in a k block
   static constexpr int kABytes = S::kRows * kBlockK, kWBytes = kTiles * kTileChunks * 16;
+  // Blocks that share a multiprocessor by their registers. Said to ptxas, or it spills to fit a fourth.
+  static constexpr int kBlocks = S::kWarpRows == 64 || P::kGrouped ? 2 : 3;
   static constexpr int kStageBytes = kABytes + kWBytes;
   static constexpr int kStagedBytes = S::kWarpsM * S::kWarpsN * S::kWarpRows * kStagedRow * 4;
   static constexpr int kSharedBytes = S::kStages * kStageBytes > kStagedBytes ? S::kStages * kStageBytes : kStagedBytes;
@@ -205,7 +207,7 @@ TERSOR_DEVICE void fold_group(const GemmParams& p, int64_t group, int64_t m0, in
 
 // Grid: m blocks, n blocks, splits.
 template <typename P, typename S>
-__global__ void __launch_bounds__(S::kThreads) gemm_int(const __grid_constant__ GemmParams p) {
+__global__ void __launch_bounds__(S::kThreads, Layout<P, S>::kBlocks) gemm_int(const __grid_constant__ GemmParams p) {
   using L = Layout<P, S>;
   unsigned char* shared = ptx::shared_memory();
   const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32, g = lane / 4, t = lane % 4;

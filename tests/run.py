@@ -43,8 +43,10 @@ def install(full: bool) -> None:
 def lint(full: bool) -> None:
     run(BIN / "ruff", "check", "-q", ".")
     run(BIN / "ruff", "format", "-q", "--check", ".")
-    files = subprocess.run(["git", "ls-files", "csrc/*", "tests/cpp/*"], cwd=ROOT, capture_output=True, text=True, check=True)
-    sources = [f for f in files.stdout.split() if f.endswith((".cpp", ".h", ".inl"))]
+    files = subprocess.run(
+        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    sources = [f for f in files.stdout.split() if f.endswith((".cpp", ".h", ".inl", ".cu", ".cuh"))]
     run(BIN / "clang-format", "--dry-run", "-Werror", *sources)
     run(BIN / "mypy")
 
@@ -61,6 +63,17 @@ def cpp(full: bool) -> None:
     build_cpp(folder)
     run(folder / "kernel_tests", *(["--fuzz", "5000"] if full else []))
     pytest("tests/test_symbols.py", TERSOR_CPP_BUILD=str(folder))
+
+
+def cuda(full: bool) -> None:
+    """The CUDA kernels without a GPU: run by an emulator, and compiled by nvcc where there is one."""
+    folder = BUILD / "cpp"
+    build_cpp(folder)
+    run(folder / "cuda_emulator_tests", "--only", "cuda_")
+    if shutil.which("nvcc") is None:
+        print("skipped: no nvcc in PATH, so the kernels are not compiled for GPUs", flush=True)
+        return
+    run(sys.executable, "tests/cuda_build.py", *([] if full else ["80", "90a"]))
 
 
 def sanitizers(full: bool) -> None:
@@ -140,6 +153,7 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "install": install,
     "lint": lint,
     "cpp": cpp,
+    "cuda": cuda,
     "sanitizers": sanitizers,
     "fuzz": fuzz,
     "suite": suite,

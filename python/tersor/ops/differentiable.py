@@ -21,7 +21,7 @@ from .linear_grouped import BITS as GROUPED_BITS
 from .linear_grouped import group_scales, linear_grouped
 from .linear_int8 import linear_dynamic, linear_static
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
-from .tiles import MAX_K, TILE_N, to_rows
+from .tiles import MAX_K, blocks_of_rows, to_rows
 from .transforms import register_autograd, route_to_twin
 from .xnor import binarize_rows, linear_xnor
 
@@ -68,20 +68,23 @@ def input_grad(
     g = as_rows(grad).float() * weight_scale
     out = torch.zeros((g.shape[0], in_features), dtype=torch.float32, device=grad.device)
     with torch.autocast(grad.device.type, enabled=False):
-        for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
-            begin, end = t * TILE_N, min(n, (t + _BLOCK_TILES) * TILE_N)
-            scales = None if group_scale is None else group_scale[t : t + _BLOCK_TILES]
-            out.addmm_(g[:, begin:end], relative_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, in_features, scales, bits))
+        scales = None if group_scale is None or in_features == 0 else group_scales(group_scale, n)
+        for begin, end, rows in blocks_of_rows(weight_packed, n, in_features, _BLOCK_TILES, bits):
+            out = out + g[:, begin:end] @ _relative(rows, None if scales is None else scales[begin:end])
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
 def relative_rows(weight_packed: Tensor, n: int, k: int, group_scale: Tensor | None, bits: int) -> Tensor:
     """The stored weights, float32 [N, K], before weight_scale."""
-    rows = to_rows(weight_packed, n, k, bits).float()
-    if group_scale is None or k == 0:
-        return rows
-    scales = group_scales(group_scale, n)
-    return (rows.reshape(n, scales.shape[1], k // scales.shape[1]) * scales.unsqueeze(-1)).reshape(n, k)
+    return _relative(to_rows(weight_packed, n, k, bits), None if group_scale is None or k == 0 else group_scales(group_scale, n))
+
+
+def _relative(rows: Tensor, scales: Tensor | None) -> Tensor:
+    """int8 values [N, K] times their scales [N, G], as float32."""
+    if scales is None:
+        return rows.float()
+    n, groups = scales.shape
+    return (rows.float().reshape(n, groups, -1) * scales.unsqueeze(-1)).reshape(rows.shape)
 
 
 def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable[..., Any], autocast: bool) -> Op:
@@ -94,6 +97,7 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
     reference.__doc__ = doc
     twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=autocast, rows=raw.rows)(reference)
     register_autograd(twin, setup, backward, library)
+    twin.setup_context, twin.backward = setup, backward
     route_to_twin(raw, twin, library)
     raw.twin = twin
     return twin

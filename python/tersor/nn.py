@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,6 +185,8 @@ class QuantLinear(nn.Module):
                 f"QuantLinear: a cast of every tensor to {probe.dtype} (Module.type) would destroy the packed weight; "
                 "use .to(dtype), .half(), .bfloat16() or .float(), which cast the bias and leave packed data alone"
             )
+        if probe.device.type == "jax":
+            importlib.import_module("tersor.backends.xla").register()  # torchax is there, or this device would not be
         plain = is_plain_device(probe.device)
         if plain:
             to_plain_(self)  # where the tiles are: torch there can unpack them

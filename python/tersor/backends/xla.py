@@ -26,6 +26,7 @@ from .. import ops
 from ..nn import QuantLinear
 from ..ops import Op
 from ..ops._register import TWIN
+from ..ops.epilogues import PULL_BACK_ON_DEVICE
 from ..ops.int_matmul import ON_DEVICE
 from ..plain import to_plain_
 
@@ -55,6 +56,7 @@ def register() -> None:
     """
     _, torchax = _modules()
     ON_DEVICE[DEVICE] = _dot_of_torchax
+    PULL_BACK_ON_DEVICE[DEVICE] = _pull_back
     lowerings = {op.raw: _lowering(op) for op in ops.OPS.values()}
     lowerings[torch.ops.tersor_xla.dot_s8.default] = dot_s8
     registry = torchax.ops.ops_registry
@@ -80,6 +82,20 @@ def _dot_of_torchax(x: Tensor, w: Tensor) -> Tensor:
     return env.j2t_iso(dot_s8(*env.t2j_iso((x, w))))
 
 
+def _pull_back(epilogue: str, before: Tensor, grad: Tensor) -> Tensor:
+    import jax
+    import torchax
+
+    env = torchax.default_env()
+
+    def activation(value: Any) -> Any:
+        with env:
+            return env.t2j_iso(ops.EPILOGUES[epilogue](env.j2t_iso(value)))
+
+    value, slope = env.t2j_iso((before, grad))
+    return env.j2t_iso(jax.vjp(activation, value)[1](slope)[0])
+
+
 # The node that stands for int_matmul in a graph of torch.export; private to export().
 _library = torch.library.Library("tersor_xla", "DEF")
 _library.define("dot_s8(Tensor x, Tensor w) -> Tensor")
@@ -101,7 +117,9 @@ def _lowering(op: Op) -> Callable[..., Any]:
         for name, value in kwargs.items():
             given[raw.arguments.index(name)] = value
         at = [i for i, value in enumerate(given) if isinstance(value, jax.Array)]
-        arrays = [_readable(raw.arguments[i], given[i]) for i in at]
+        if "group_scale" in raw.arguments:
+            _make_readable(given, raw.arguments)
+        arrays = [given[i] for i in at]
 
         def filled(values: Sequence[Any]) -> list[Any]:
             whole = list(given)
@@ -132,15 +150,16 @@ def _lowering(op: Op) -> Callable[..., Any]:
     return lowered
 
 
-def _readable(name: str, value: Any) -> Any:
-    """Bytes of float16 as float32 [N, G]: torchax cannot view a tensor as another dtype, so that is done here."""
+def _make_readable(given: list[Any], names: Sequence[str]) -> None:
+    """Bytes of group scales become float32 [N, G]: torchax cannot view a tensor as another dtype, so that is done here."""
     import jax
 
-    if name != "group_scale" or value.dtype != jax.numpy.uint8:
-        return value
-    nt, groups, _ = value.shape
-    halves = jax.lax.bitcast_convert_type(value.reshape(nt, groups, -1, 2), jax.numpy.float16)
-    return halves.swapaxes(1, 2).reshape(-1, groups).astype(jax.numpy.float32)
+    at = names.index("group_scale")
+    value, n = given[at], given[names.index("weight_scale")].shape[0]
+    if value is not None and value.dtype == jax.numpy.uint8:
+        nt, groups, _ = value.shape
+        halves = jax.lax.bitcast_convert_type(value.reshape(nt, groups, -1, 2), jax.numpy.float16)
+        given[at] = halves.swapaxes(1, 2).reshape(-1, groups)[:n].astype(jax.numpy.float32)
 
 
 class _Context:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._register import TWIN, Op, library, op
 from .checks import FLOATS, as_rows, check_device, check_group_scale, check_tensors, check_weights
-from .epilogues import EPILOGUES
+from .epilogues import pull_back
 from .linear_grouped import BITS as GROUPED_BITS
 from .linear_grouped import group_scales, linear_grouped
 from .linear_int8 import linear_dynamic, linear_static
@@ -130,8 +130,7 @@ def _make(raw: Op, doc: str) -> Op:
             # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
             width = (ctx.bits,) if "bits" in raw.arguments else ()
             before = raw(*(kept[name] for name in names), "none", *width).float()
-            pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
-            grad = pull_back(grad.float())[0].to(grad.dtype)
+            grad = pull_back(ctx.epilogue, before, grad.float()).to(grad.dtype)
         grads: dict[str, Tensor] = {}
         if ctx.wanted[0]:
             stored = (kept["weight_packed"], kept["weight_scale"], ctx.in_features, kept.get("group_scale"), ctx.bits)

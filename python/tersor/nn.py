@@ -179,7 +179,9 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Casts leave float32 scales alone and moves do not. On a device without kernels the layer has its plain form."""
-        probe = fn(torch.empty(0, dtype=torch.int32))
+        # A cast leaves a tensor where it is: only one from the layer's own device tells that from a move to the CPU.
+        here = next(self.parameters()).device if self.plain else None
+        probe = fn(torch.empty(0, dtype=torch.int32, device=here))
         if probe.dtype != torch.int32:
             raise TypeError(
                 f"QuantLinear: a cast of every tensor to {probe.dtype} (Module.type) would destroy the packed weight; "

@@ -1,8 +1,8 @@
 """The plain form of a layer: what a device without kernels keeps in place of tiles.
 
-A device that runs the references (XLA through torchax, MPS, XPU, ...) would unpack the tiles in every call. A layer that moves there
-has them turned once into what Format.to_plain gives, for tiles int8 values [N, K], and gets them back when it moves away; files
-always hold tiles.
+A device that runs the references (XLA through torchax, MPS, XPU, ...) would unpack the tiles in every call. A layer that moves
+there has them turned once into what Format.to_plain gives, for tiles int8 values [N, K], and gets them back when it moves away;
+files always hold tiles.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def export(
 
     A copy of the model is taken. Raises ImportError without torchax, and what torch.export raises on a model it cannot trace.
     """
-    jax, torchax = _modules()
+    jax, _ = _modules()
     from torchax import export as torchax_export
 
     register()

@@ -6,8 +6,9 @@
         model = tersor.quantize_(model, tersor.Int8Dynamic()).to("jax")
         y = model(x.to("jax"))
 
-A layer that moves to "jax" registers the ops by itself. Nothing here is op by op: an op's lowering is its reference, so what it must do
-is to be functional, to take its integer products from int_matmul, and, where it has gradients, to have a twin. See docs/tpu.md.
+A layer that moves to "jax" registers the ops by itself. Nothing here is op by op: an op's lowering is its reference, so what it
+must do is to be functional, to take its integer products from int_matmul, and, where it has gradients, to have a twin. See
+docs/tpu.md.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def register() -> None:
 
 
 def dot_s8(x: Any, w: Any) -> Any:
-    """JAX: x int8 [M, K] times w int8 [N, K] transposed -> int32 [M, N], exact: one dot_general, which a TPU's MXU takes as it is."""
+    """JAX: x int8 [M, K] times w int8 [N, K] transposed -> int32 [M, N], exact: one dot_general, which an MXU takes as it is."""
     import jax
 
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jax.numpy.int32)

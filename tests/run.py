@@ -149,6 +149,17 @@ def no_native(full: bool) -> None:
     pytest(*([] if full else [f"tests/{name}" for name in names]), PYTHONPATH=str(copy))
 
 
+def xla(full: bool) -> None:
+    """The references through torchax on JAX CPU, and compiled for TPUs; torchax and libtpu go into a folder of their own."""
+    if not full:
+        return
+    folder = BUILD / "xla"
+    packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
+    run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
+    # A process of their own: torchax changes torch's devices for good.
+    pytest("tests/test_xla.py", "tests/test_xla_tpu.py", PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+
+
 PARTS: dict[str, Callable[[bool], None]] = {
     "install": install,
     "lint": lint,
@@ -159,6 +170,7 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "suite": suite,
     "other_variants": other_variants,
     "no_native": no_native,
+    "xla": xla,
 }
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from . import __version__
 from .formats import LAYOUT_VERSION
 from .load_plan import TAG, LoadPlan, Source, identity, is_sharded, listed, split
+from .nn import QuantLinear
+from .plain import tiles_of
 from .swap import settle
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
@@ -47,8 +49,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"save: the folder {folder} of {target} does not exist; make it first")
+    if any(t.device.type == "jax" for t in model.parameters()):
+        raise ValueError("save: the model is on a JAX device; call model.to('cpu') within the torchax environment first")
     with torch.no_grad():
-        tensors, aliases = _to_store(_unwrapped(model).state_dict())
+        tensors, aliases = _to_store(_state_in_tiles(_unwrapped(model)))
     metadata = {
         "format": "tersor",
         "layout": str(LAYOUT_VERSION),
@@ -94,6 +98,15 @@ def load_(
             stacklevel=2,
         )
     return model
+
+
+def _state_in_tiles(model: nn.Module) -> Mapping[str, Any]:
+    """The state_dict, with tiles where a layer on a device without kernels has rows."""
+    state = model.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear) and module.plain:
+            state.update({f"{path}.{name}" if path else name: t for name, t in tiles_of(module).items()})
+    return state
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

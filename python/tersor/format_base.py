@@ -101,8 +101,20 @@ class Format:
         return None
 
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
-        """The layer: one call of self.op on its stored tensors."""
+        """The layer: one call of self.op on its stored tensors, in either form."""
         raise NotImplementedError
+
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        """The tensors of the plain form, which devices without kernels keep (plain.py)."""
+        return self.tensors(n, k)
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        """Stored tensors -> their plain form."""
+        return dict(stored)
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        """The inverse of to_plain."""
+        return dict(plain)
 
     def check_sizes(self, n: int, k: int) -> None:
         """Raises ValueError where the format cannot hold an [N, K] weight."""

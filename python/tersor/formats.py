@@ -54,6 +54,16 @@ class _Tiles(Format):
         values = ops.to_rows(stored["weight_packed"], n, k, self.bits)
         return (grouped(values, steps.shape[1]) * steps.unsqueeze(-1)).reshape(n, k)
 
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        rows = TensorSpec("weight_packed", torch.int8, (n, k), True, 1)
+        return (rows, *(spec for spec in self.tensors(n, k) if spec.name != rows.name))
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {**stored, "weight_packed": ops.to_rows(stored["weight_packed"], n, k, self.bits)}
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {**plain, "weight_packed": ops.from_rows(plain["weight_packed"], self.bits)}
+
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
         return self.op(x, parameters["weight_packed"], buffers["weight_scale"], bias, "none", self.bits)
 
@@ -167,6 +177,20 @@ class Int4(_Tiles):
             return super().tensors(n, k)
         shape = (ceil_div(n, TILE_N), k // self.group_size, 2 * TILE_N)
         return (*super().tensors(n, k), TensorSpec("group_scale", torch.uint8, shape, True, TILE_N))
+
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        if self.group_size is None:
+            return super().plain_tensors(n, k)
+        group_scale = TensorSpec("group_scale", torch.float32, (n, k // self.group_size), True, 1)
+        return (*(spec for spec in super().plain_tensors(n, k) if spec.name != group_scale.name), group_scale)
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        plain = super().to_plain(stored, n, k)
+        return plain if self.group_size is None else {**plain, "group_scale": ops.group_scales(stored["group_scale"], n)}
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        stored = super().from_plain(plain, n, k)
+        return stored if self.group_size is None else {**stored, "group_scale": ops.group_scale_bytes(plain["group_scale"])}
 
     def steps(self, scales: Mapping[str, Tensor], n: int, k: int) -> Tensor:
         steps = super().steps(scales, n, k)

@@ -13,7 +13,8 @@ class Info:
 
     variants  (name, runnable, missing CPU feature) of each compiled instruction set, best first
     kernels   kernel -> instruction set that serves it
-    ops       op -> what serves it on a CPU tensor and why; every other device runs the reference
+    ops       op -> what serves it on a CPU tensor and why
+    devices   device type -> what serves the ops there
     """
 
     version: str
@@ -23,6 +24,7 @@ class Info:
     variants: tuple[tuple[str, bool, str], ...]
     kernels: dict[str, str]
     ops: dict[str, str]
+    devices: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"tersor {self.version}, torch {self.torch}, {self.threads} threads"]
@@ -30,7 +32,9 @@ class Info:
             lines.append("native kernels: none; every op runs as its plain-torch reference")
         for name, runnable, missing in self.variants:
             lines.append(f"  {name:14s} {'runs here' if runnable else f'needs {missing}'}")
-        lines.append("ops on a CPU tensor (other devices run the reference):")
+        lines.append("devices:")
+        lines += [f"  {name:14s} {how}" for name, how in self.devices.items()]
+        lines.append("ops on a CPU tensor:")
         lines += [f"  {name:34s} {how}" for name, how in self.ops.items()]
         return "\n".join(lines)
 
@@ -60,4 +64,9 @@ def info() -> Info:
         variants=tuple(tuple(row) for row in cpu["variants"]) if cpu else (),
         kernels=kernels,
         ops=served,
+        devices={
+            "cpu": "native kernels" if ops.NATIVE else "the references, as plain torch",
+            "jax": "the references, as XLA graphs with s8 x s8 -> s32 dots (tersor.backends.xla)",
+            "others": "the references, as plain torch",
+        },
     )

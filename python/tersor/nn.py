@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import native
 from .formats import Format, Int8Dynamic, Tag, TensorSpec, decode_tag, encode_tag
+from .plain import from_plain_, is_plain_device, to_plain_
 from .weights import row_blocks
 
 _NO_WEIGHT = (
@@ -27,6 +29,8 @@ class QuantLinear(nn.Module):
 
         QuantLinear.from_linear(linear, Int8Dynamic())
     """
+
+    plain = False  # whether the tensors are in the plain form of devices without kernels (plain.py)
 
     def __init__(
         self,
@@ -108,8 +112,9 @@ class QuantLinear(nn.Module):
         return layer
 
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The TensorSpec of each stored tensor, bias apart."""
-        return self.format.tensors(self.out_features, self.in_features)
+        """The TensorSpec of each stored tensor in the form the layer is in, bias apart."""
+        listed = self.format.plain_tensors if self.plain else self.format.tensors
+        return listed(self.out_features, self.in_features)
 
     def dequantize(self) -> nn.Linear:
         """A float nn.Linear with the weight this layer stands for, in the compute dtype, sharing the bias."""
@@ -138,6 +143,10 @@ class QuantLinear(nn.Module):
     @weight.setter
     def weight(self, value: Any) -> None:
         raise AttributeError(_NO_WEIGHT)
+
+    def __dir__(self) -> list[str]:
+        # torchax.interop.JittableModule takes every tensor that dir() names for state, and would set `weight`.
+        return [name for name in super().__dir__() if name != "weight"]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # nn.Module assigns a Parameter this way, past the property: tie_weights() of transformers does
@@ -175,21 +184,39 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Casts leave the float32 buffers alone and moves do not: they pass through fn as int32 views of the same bits."""
-        probe = fn(torch.empty(0, dtype=torch.int32))
+        """Casts leave float32 scales alone and moves do not. On a device without kernels the layer has its plain form."""
+        # A cast leaves a tensor where it is: only one from the layer's own device tells that from a move to the CPU.
+        here = next(self.parameters()).device if self.plain else None
+        probe = fn(torch.empty(0, dtype=torch.int32, device=here))
         if probe.dtype != torch.int32:
             raise TypeError(
                 f"QuantLinear: a cast of every tensor to {probe.dtype} (Module.type) would destroy the packed weight; "
                 "use .to(dtype), .half(), .bfloat16() or .float(), which cast the bias and leave packed data alone"
             )
-        scales = [spec.name for spec in self.specs() if not spec.parameter]
-        for name in scales:
-            self._buffers[name] = self._buffers[name].view(torch.int32)  # type: ignore[union-attr]
+        if probe.device.type == "jax":
+            importlib.import_module("tersor.backends.xla").register()  # torchax is there, or this device would not be
+        plain = is_plain_device(probe.device)
+        if plain:
+            to_plain_(self)  # where the tiles are: torch there can unpack them
+        scales = [spec for spec in self.specs() if spec.dtype.is_floating_point]
+        kept: dict[str, Any] = {}
+        for spec in scales:
+            own = self._parameters if spec.parameter else self._buffers
+            kept[spec.name], own[spec.name] = own[spec.name], None
         try:
             super()._apply(fn, recurse)
+            for name, value in kept.items():
+                moved = fn(value.detach())
+                kept[name] = moved if moved.dtype == value.dtype else _through_bits(fn, value.detach(), moved)
         finally:
-            for name in scales:
-                self._buffers[name] = self._buffers[name].view(torch.float32)  # type: ignore[union-attr]
+            for spec in scales:
+                value = kept[spec.name]
+                if spec.parameter:
+                    self._parameters[spec.name] = nn.Parameter(value, requires_grad=False)
+                else:
+                    self._buffers[spec.name] = value
+        if not plain:
+            from_plain_(self)
         self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
         return self
 
@@ -245,6 +272,13 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.format!r}{measured}"
         )
+
+
+def _through_bits(fn: Callable[[Tensor], Tensor], scale: Tensor, moved: Tensor) -> Tensor:
+    """A float32 scale where fn puts it, in its own dtype: fn casts floats, so it gets the bits as integers."""
+    if is_plain_device(moved.device):
+        return scale.to(moved.device)  # not every such device can view a tensor as another dtype
+    return fn(scale.view(torch.int32)).view(scale.dtype)
 
 
 _HUGE_BYTES = 4 << 20  # smaller tensors fit what a TLB maps

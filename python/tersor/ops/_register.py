@@ -58,6 +58,9 @@ class Op:
         self.rows = rows
         self.inference = inference
         self.twin: Op | None = None
+        # Of a twin: setup_context(ctx, inputs, output) and backward(ctx, *grads), for backends with a differentiation of their own.
+        self.setup_context: Callable[..., None] | None = None
+        self.backward: Callable[..., Any] | None = None
         functools.update_wrapper(self, reference)
         library.define(name + schema)
         library.impl(name, reference, "CompositeExplicitAutograd")

@@ -120,6 +120,9 @@ def check_group_scale(function: str, group_scale: Tensor, n: int, k: int) -> int
     """Scales of groups of k: bytes of float16 [ceil(N/16), G, 16]; returns the size of a group, K / G."""
     check_tensors(function, group_scale=group_scale)
     nt = ceil_div(n, TILE_N)
+    as_rows = group_scale.dtype == torch.float32 and group_scale.dim() == 2 and group_scale.shape[0] == n
+    if as_rows and k > 0 and group_scale.shape[1] > 0 and k % (GROUP_UNIT * group_scale.shape[1]) == 0:
+        return k // group_scale.shape[1]
     if group_scale.dtype != torch.uint8 or group_scale.dim() != 3 or group_scale.shape[0] != nt or group_scale.shape[2] != 32:
         raise ValueError(
             f"{function}: group_scale is {group_scale.dtype} {list(group_scale.shape)}, expected "

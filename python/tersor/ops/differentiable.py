@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._register import TWIN, Op, library, op
 from .checks import FLOATS, as_rows, check_device, check_group_scale, check_tensors, check_weights
-from .epilogues import EPILOGUES
+from .epilogues import pull_back
 from .linear_grouped import BITS as GROUPED_BITS
 from .linear_grouped import group_scales, linear_grouped
 from .linear_int8 import linear_dynamic, linear_static
@@ -24,7 +24,7 @@ from .linear_sparse import linear_sparse
 from .linear_sparse_float import linear_sparse_float, sparse_float_rows
 from .linear_weight_only import _BLOCK_TILES, linear_weight_only
 from .sparse_storage import sparse_rows
-from .tiles import MAX_K, TILE_N, to_rows
+from .tiles import MAX_K, blocks_of_rows, to_rows
 from .transforms import register_autograd, route_to_twin
 from .xnor import binarize_rows, linear_xnor
 
@@ -71,20 +71,23 @@ def input_grad(
     g = as_rows(grad).float() * weight_scale
     out = torch.zeros((g.shape[0], in_features), dtype=torch.float32, device=grad.device)
     with torch.autocast(grad.device.type, enabled=False):
-        for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
-            begin, end = t * TILE_N, min(n, (t + _BLOCK_TILES) * TILE_N)
-            scales = None if group_scale is None else group_scale[t : t + _BLOCK_TILES]
-            out.addmm_(g[:, begin:end], relative_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, in_features, scales, bits))
+        scales = None if group_scale is None or in_features == 0 else group_scales(group_scale, n)
+        for begin, end, rows in blocks_of_rows(weight_packed, n, in_features, _BLOCK_TILES, bits):
+            out = out + g[:, begin:end] @ _relative(rows, None if scales is None else scales[begin:end])
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
 def relative_rows(weight_packed: Tensor, n: int, k: int, group_scale: Tensor | None, bits: int) -> Tensor:
     """The stored weights, float32 [N, K], before weight_scale."""
-    rows = to_rows(weight_packed, n, k, bits).float()
-    if group_scale is None or k == 0:
-        return rows
-    scales = group_scales(group_scale, n)
-    return (rows.reshape(n, scales.shape[1], k // scales.shape[1]) * scales.unsqueeze(-1)).reshape(n, k)
+    return _relative(to_rows(weight_packed, n, k, bits), None if group_scale is None or k == 0 else group_scales(group_scale, n))
+
+
+def _relative(rows: Tensor, scales: Tensor | None) -> Tensor:
+    """int8 values [N, K] times their scales [N, G], as float32."""
+    if scales is None:
+        return rows.float()
+    n, groups = scales.shape
+    return (rows.float().reshape(n, groups, -1) * scales.unsqueeze(-1)).reshape(rows.shape)
 
 
 def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable[..., Any], autocast: bool) -> Op:
@@ -97,6 +100,7 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
     reference.__doc__ = doc
     twin = op(raw.schema, check=raw.check, kernels=raw.kernels, autocast=autocast, rows=raw.rows)(reference)
     register_autograd(twin, setup, backward, library)
+    twin.setup_context, twin.backward = setup, backward
     route_to_twin(raw, twin, library)
     raw.twin = twin
     return twin
@@ -132,8 +136,7 @@ def _make(raw: Op, doc: str) -> Op:
             # The value before the activation is computed again rather than kept, by the op that can be differentiated again.
             width = (ctx.bits,) if "bits" in raw.arguments else ()
             before = raw(*(kept[name] for name in names), "none", *width).float()
-            pull_back = torch.func.vjp(EPILOGUES[ctx.epilogue], before)[1]
-            grad = pull_back(grad.float())[0].to(grad.dtype)
+            grad = pull_back(ctx.epilogue, before, grad.float()).to(grad.dtype)
         if ctx.wanted[0] and "weight_offset" in kept:
             grads["x"] = _sparse_input_grad(grad, kept, ctx.in_features)
         elif ctx.wanted[0]:

@@ -26,6 +26,17 @@ EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Device type -> what computes pull_back there, where torch.func cannot.
+PULL_BACK_ON_DEVICE: dict[str, Callable[[str, Tensor, Tensor], Tensor]] = {}
+
+
+def pull_back(epilogue: str, before: Tensor, grad: Tensor) -> Tensor:
+    """The gradient before an activation from the one after it; float32, of the shape of `before`."""
+    if before.device.type in PULL_BACK_ON_DEVICE:
+        return PULL_BACK_ON_DEVICE[before.device.type](epilogue, before, grad)
+    return torch.func.vjp(EPILOGUES[epilogue], before)[1](grad)[0]
+
+
 def check_epilogue(function: str, epilogue: str) -> None:
     if epilogue not in EPILOGUES:
         raise ValueError(f"{function}: epilogue is {epilogue!r}, expected one of: {', '.join(EPILOGUES)}")

@@ -16,7 +16,9 @@ BITS = 4
 
 
 def group_scales(group_scale: Tensor, n: int) -> Tensor:
-    """Stored bytes uint8 [ceil(N/16), G, 32] -> float32 [N, G]."""
+    """Stored bytes uint8 [ceil(N/16), G, 32] -> float32 [N, G]; these, where a device without kernels keeps them, as they are."""
+    if group_scale.dtype == torch.float32:
+        return group_scale
     # A copy, which is small, begins at a multiple of 2 bytes wherever the bytes lay.
     halves = group_scale.clone(memory_format=torch.contiguous_format).view(torch.float16)
     nt, groups, _ = halves.shape

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._register import op
 from .checks import as_rows, check_linear
 from .epilogues import EPILOGUES
-from .tiles import TILE_N, to_rows
+from .tiles import blocks_of_rows
 
 _BLOCK_TILES = 16  # 256 output channels are expanded to float at a time, never all of them
 
@@ -34,13 +34,11 @@ def linear_weight_only(
     _check(x, weight_packed, weight_scale, bias, epilogue)
     n, k = weight_scale.shape[0], x.shape[-1]
     xf = as_rows(x).float()
-    y = torch.empty((xf.shape[0], n), dtype=torch.float32, device=x.device)
+    blocks = [xf.new_empty((xf.shape[0], 0))]  # for N = 0
     with torch.autocast(x.device.type, enabled=False):
-        for t in range(0, weight_packed.shape[0], _BLOCK_TILES):
-            begin, end = t * TILE_N, min(n, (t + _BLOCK_TILES) * TILE_N)
-            rows = to_rows(weight_packed[t : t + _BLOCK_TILES], end - begin, k)
-            y[:, begin:end] = torch.mm(xf, rows.float().t())
-    y = y * weight_scale
+        for _, _, rows in blocks_of_rows(weight_packed, n, k, _BLOCK_TILES):
+            blocks.append(torch.mm(xf, rows.float().t()))
+    y = torch.cat(blocks, 1) * weight_scale
     if bias is not None:
         y = y + bias.float()
     return EPILOGUES[epilogue](y).to(x.dtype).reshape(*x.shape[:-1], n)

@@ -9,6 +9,7 @@ bits [bits*j, bits*j + bits): for int8 the word is four consecutive k.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,12 +76,32 @@ def unpack(weight_packed: Tensor, n: int, k: int, bits: int = 8) -> Tensor:
 
 
 def to_rows(weight_packed: Tensor, n: int, k: int, bits: int = 8) -> Tensor:
-    """Tiles -> plain int8 values [N, K], for other tools: -128..127, -8..7, -1..1, or -1 and 1."""
+    """Tiles -> plain int8 values [N, K], for other tools: -128..127, -8..7, -1..1, or -1 and 1.
+
+    What is_rows() already says to be such rows is returned as it is.
+    """
+    if is_rows(weight_packed, n, k):
+        return weight_packed
     codes = unpack(weight_packed, n, k, bits)
     if bits == 8:
-        return (codes ^ 128).view(torch.int8)
+        return (codes ^ 128).to(torch.int8)
     offset, step, *_ = CODES[bits]
-    return codes.view(torch.int8) * step - offset
+    return codes.to(torch.int8) * step - offset
+
+
+def is_rows(weight_packed: Tensor, n: int, k: int) -> bool:
+    """Whether a layer's weight is in the form that devices without kernels keep: its int8 values [N, K] instead of tiles."""
+    return weight_packed.dtype == torch.int8 and tuple(weight_packed.shape) == (n, k)
+
+
+def blocks_of_rows(weight_packed: Tensor, n: int, k: int, tiles: int, bits: int = 8) -> Iterator[tuple[int, int, Tensor]]:
+    """(begin, end, int8 values [end - begin, K]) of the channels, `tiles` n tiles at a time; all at once where they are rows."""
+    if is_rows(weight_packed, n, k):
+        yield 0, n, weight_packed
+        return
+    for t in range(0, weight_packed.shape[0], tiles):
+        begin, end = t * TILE_N, min(n, (t + tiles) * TILE_N)
+        yield begin, end, to_rows(weight_packed[t : t + tiles], end - begin, k, bits)
 
 
 def from_rows(weight: Tensor, bits: int = 8) -> Tensor:
@@ -100,9 +121,11 @@ def from_rows(weight: Tensor, bits: int = 8) -> Tensor:
 
 
 def check_tiles(function: str, weight_packed: Tensor, n: int, k: int, bits: int = 8) -> tuple[int, int, int]:
-    """Raises ValueError unless weight_packed holds the tiles of an [N, K] weight; returns their shape."""
+    """Raises ValueError unless weight_packed holds the tiles, or the int8 rows, of an [N, K] weight; returns the tiles' shape."""
     check_bits(function, bits)
     want = packed_shape(n, k, bits)
+    if is_rows(weight_packed, n, k):
+        return want
     if weight_packed.dtype != torch.uint8:
         raise ValueError(f"{function}: weight_packed is {weight_packed.dtype}, expected torch.uint8")
     if tuple(weight_packed.shape) != want:

@@ -1,0 +1,1 @@
+"""Devices whose compiler takes the references: one file each."""

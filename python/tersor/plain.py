@@ -1,0 +1,66 @@
+"""The plain form of a layer: what a device without kernels keeps in place of tiles.
+
+A device that runs the references (XLA through torchax, MPS, XPU, ...) would unpack the tiles in every call. A layer that moves
+there has them turned once into what Format.to_plain gives, for tiles int8 values [N, K], and gets them back when it moves away;
+files always hold tiles.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from .nn import QuantLinear
+
+# Devices whose kernels read tiles, and those on which a layer is only described.
+TILE_DEVICES = ("cpu", "cuda", "meta")
+
+
+def is_plain_device(device: torch.device) -> bool:
+    return device.type not in TILE_DEVICES
+
+
+def to_plain_(layer: QuantLinear) -> None:
+    """Turns the stored tensors of a layer into their plain form, in place and on their device."""
+    if not layer.plain:
+        n, k = layer.out_features, layer.in_features
+        _exchange(layer, layer.format.to_plain(stored_tensors(layer), n, k), True)
+
+
+def from_plain_(layer: QuantLinear) -> None:
+    """The way back."""
+    if layer.plain:
+        _exchange(layer, tiles_of(layer), False)
+
+
+def tiles_of(layer: QuantLinear) -> dict[str, Tensor]:
+    """The stored tensors of a layer as files hold them, whatever form the layer is in."""
+    stored = stored_tensors(layer)
+    if not layer.plain:
+        return stored
+    n, k = layer.out_features, layer.in_features
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in stored.values()):
+        device = next(iter(stored.values())).device
+        return {s.name: torch.empty(s.shape, dtype=s.dtype, device=device) for s in layer.format.tensors(n, k)}
+    return layer.format.from_plain(stored, n, k)
+
+
+def stored_tensors(layer: QuantLinear) -> dict[str, Tensor]:
+    return {spec.name: getattr(layer, spec.name).detach() for spec in layer.specs()}
+
+
+def _exchange(layer: QuantLinear, values: dict[str, Tensor], plain: bool) -> None:
+    for spec in layer.specs():
+        del (layer._parameters if spec.parameter else layer._buffers)[spec.name]
+    layer.plain = plain
+    for spec in layer.specs():
+        if spec.parameter:
+            layer._parameters[spec.name] = nn.Parameter(values[spec.name], requires_grad=False)
+        else:
+            layer._buffers[spec.name] = values[spec.name]
+    # The bias stays the last of the parameters, as a new layer has it.
+    layer._parameters["bias"] = layer._parameters.pop("bias")

@@ -102,6 +102,11 @@ def test_arguments_that_are_no_dense_tensors():
         good[name] = {"x": x} | stored
     for name in ("linear_glu_s8", "linear_glu_s8_quantize"):
         good[name] = {"q": q, "scale": x_scale, "row_sum": row_sum} | stored | {"dtype": torch.float32}
+    weight = torch.randn(32, K) * (torch.rand(32, K) < 0.3)
+    sparse = ("weight_packed", "weight_index", "weight_offset", "weight_sum")
+    values, w_scale, _ = ops.quantize_rows.reference(weight)
+    good["linear_sparse"] = {"x": x, **dict(zip(sparse, ops.pack_sparse(values), strict=True)), "weight_scale": w_scale, "bias": bias}
+    good["linear_sparse_float"] = {"x": x, **dict(zip(sparse, ops.pack_sparse_float(weight), strict=False)), "bias": bias}
     assert good.keys() == {name for name in ops.OPS if not name.endswith("_differentiable")}
     for name, arguments in good.items():
         ops.OPS[name](**arguments)

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tersor
 from tersor.bench.our_formats import our_formats
+from tersor.ops.linear_sparse_float import MAX_K as MAX_FLOAT_K
 
 pytestmark = pytest.mark.native
 
@@ -58,6 +59,8 @@ print(kib("VmHWM") - before)
 @pytest.mark.parametrize("name", our_formats())
 @pytest.mark.parametrize("k", [4096, 132096])
 def test_scratch_is_bounded(name: str, k: int):
+    if isinstance(our_formats()[name], tersor.SparseFloat):
+        k = min(k, MAX_FLOAT_K)
     command = [sys.executable, "-c", WORKER, name, str(k)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown <= 4096 + 512  # KiB; the output, first use of code and of the allocator

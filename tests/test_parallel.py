@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from cases import FORMATS
 
 from tersor.formats import Format
-from tersor.parallel import placements, split_size, split_unit
+from tersor.parallel import SPLITTABLE, placements, split_size, split_unit
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo in this torch")
 
@@ -90,7 +90,7 @@ def test_split_size():
         split_size("S", "out_features", 0, 16, 2)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.tag in SPLITTABLE], ids=repr)
 @pytest.mark.parametrize("n", [32, 384])
 def test_placements_follow_the_list_of_the_format(n: int, fmt: Format):
     """Shapes of the stored tensors of a part, as the format lists them, are those of the whole cut where it is placed."""

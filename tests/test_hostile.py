@@ -105,7 +105,12 @@ def test_arguments_that_are_no_dense_tensors():
     weight = torch.randn(32, K) * (torch.rand(32, K) < 0.3)
     sparse = ("weight_packed", "weight_index", "weight_offset", "weight_sum")
     values, w_scale, _ = ops.quantize_rows.reference(weight)
-    good["linear_sparse"] = {"x": x, **dict(zip(sparse, ops.pack_sparse(values), strict=True)), "weight_scale": w_scale, "bias": bias}
+    good["linear_sparse"] = {
+        "x": x,
+        **dict(zip(sparse, ops.pack_sparse(values), strict=True)),
+        "weight_scale": w_scale,
+        "bias": bias,
+    }
     good["linear_sparse_float"] = {"x": x, **dict(zip(sparse, ops.pack_sparse_float(weight), strict=False)), "bias": bias}
     assert good.keys() == {name for name in ops.OPS if not name.endswith("_differentiable")}
     for name, arguments in good.items():

@@ -56,9 +56,10 @@ TERSOR_DEVICE void multiply_tile(const GemmParams& p, const uint8_t* tiles, int6
   }
 }
 
-// Grid: ceil(N/16), ceil(M/kRows).
+// Grid: ceil(N/16), ceil(M/kRows). The blocks a multiprocessor is to hold leave ptxas the registers: by itself it spills one for
+// more.
 template <typename P, int kRows>
-__global__ void __launch_bounds__(kGemvThreads) gemv_int(const __grid_constant__ GemmParams p) {
+__global__ void __launch_bounds__(kGemvThreads, kRows < 4 ? 3 : 2) gemv_int(const __grid_constant__ GemmParams p) {
   unsigned char* shared = ptx::shared_memory();
   const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
   const int64_t n_tile = ptx::block_x(), m0 = ptx::block_y() * kRows;
@@ -67,7 +68,9 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_int(const __grid_constant__
   uint32_t acc[kRows][4] = {};
   if constexpr (P::kGrouped) {
     float sum[kRows][4] = {};
-    const int64_t groups = p.K / p.group_size, parts = p.group_size / 32, group_tiles = p.group_size / (4 * P::kSteps);
+    // K is below 2^18: divided as 32 bits, for 64 are a call that spills a register.
+    const auto size = static_cast<uint32_t>(p.group_size);
+    const int64_t groups = static_cast<uint32_t>(p.K) / size, parts = size / 32, group_tiles = size / (4 * P::kSteps);
     for (int64_t group = first; group < groups; group += 8 * kGemvWarps) {
       for (int64_t j = 0; j < group_tiles; ++j) multiply_tile<P, kRows>(p, tiles, group * group_tiles + j, m0, acc);
       const auto* scales = reinterpret_cast<const uint16_t*>(p.group_scale) + (n_tile * groups + group) * 16 + lane % 4 * 4;

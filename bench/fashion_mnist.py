@@ -174,19 +174,28 @@ def table(results: list[Result], speed: dict[int, dict[str, Timing]], steps: int
     return out
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Runs to average; the promised accuracies are means of 3.")
-@click.option("--steps", type=click.IntRange(1), default=400, help="Float steps, and QAT steps, of 256 images.")
-@click.option("--threads", type=click.IntRange(1), default=2, help="Threads of torch for training.")
-@click.option("--timed-threads", type=click.IntRange(1), default=1, help="Threads of torch for images/s.")
-@click.option("--rounds", type=click.IntRange(1), default=9, help="Timed rounds; all models take turns in each.")
-@click.option("--only", multiple=True, help="A format to train, as the table names it; may be repeated. [default: all]")
-def main(seeds: int, steps: int, threads: int, timed_threads: int, rounds: int, only: tuple[str, ...]) -> None:
-    """Accuracy, bytes and images/s of a small network in every format, trained for it and merely converted.
+def options(steps: str, only: str) -> Callable[[Callable[..., None]], click.Command]:
+    """The command line of a bench on Fashion-MNIST; `steps` and `only` are what its help says of these two."""
 
-    A few minutes a seed. Images come from Debian's dataset-fashion-mnist (make data).
-    """
-    cap = cap_peers()
+    def command(main: Callable[..., None]) -> click.Command:
+        for option in (
+            click.option("--only", multiple=True, help=only),
+            click.option("--rounds", type=click.IntRange(1), default=9, help="Timed rounds; all models take turns in each."),
+            click.option("--timed-threads", type=click.IntRange(1), default=1, help="Threads of torch for images/s."),
+            click.option("--threads", type=click.IntRange(1), default=2, help="Threads of torch for training."),
+            click.option("--steps", type=click.IntRange(2), default=400, help=steps),
+            click.option("--seeds", type=click.IntRange(1), default=1, help="Runs to average; promised accuracies are means of 3."),
+        ):
+            main = option(main)
+        return click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})(main)
+
+    return command
+
+
+def train_seeds(
+    run_seed: Callable[..., Any], names: list[str], only: tuple[str, ...], seeds: int, steps: int, threads: int
+) -> tuple[Data, list[Any]]:
+    """(the images, what run_seed gives for each seed), with a progress bar."""
     from fashion_mnist_model import load_data
     from minilm_model import MissingData
 
@@ -194,19 +203,29 @@ def main(seeds: int, steps: int, threads: int, timed_threads: int, rounds: int, 
         data = load_data()
     except MissingData as error:
         raise click.ClickException(str(error)) from None
-
-    names = list(contenders({}))
     if unknown := set(only) - set(names):
         raise click.BadParameter(f"{', '.join(sorted(unknown))}; expected some of: {', '.join(names)}", param_hint="--only")
-    count = len(only) or len(names)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with torch_threads(threads), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("training", total=seeds * steps * (2 + count))
+        task = progress.add_task("training", total=seeds * steps * (2 + (len(only) or len(names))))
 
         def on_step(description: str, advance: int) -> None:
             progress.update(task, description=description, advance=advance)
 
-        results = [run_seed(data, seed, steps, only, on_step) for seed in range(seeds)]
+        return data, [run_seed(data, seed, steps, only, on_step) for seed in range(seeds)]
+
+
+@options(
+    steps="Float steps, and QAT steps, of 256 images.",
+    only="A format to train, as the table names it; may be repeated. [default: all]",
+)
+def main(seeds: int, steps: int, threads: int, timed_threads: int, rounds: int, only: tuple[str, ...]) -> None:
+    """Accuracy, bytes and images/s of a small network in every format, trained for it and merely converted.
+
+    A few minutes a seed. Images come from Debian's dataset-fashion-mnist (make data).
+    """
+    cap = cap_peers()
+    data, results = train_seeds(run_seed, list(contenders({})), only, seeds, steps, threads)
     speed = measure(results[0].models, data, timed_threads, rounds)
     console = Console(width=150)
     console.print(table(results, speed, steps, timed_threads))

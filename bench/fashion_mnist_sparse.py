@@ -11,13 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import click
-from fashion_mnist import BATCHES, measure
+from fashion_mnist import BATCHES, measure, options, train_seeds
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tersor.bench.timing import Timing, cap_peers, machine_name, torch_threads
+from tersor.bench.timing import Timing, cap_peers, machine_name
 
 if TYPE_CHECKING:
     from fashion_mnist_model import Data
@@ -77,13 +75,12 @@ def run_seed(data: Data, seed: int, steps: int, only: tuple[str, ...], on_step: 
 
 
 def packed(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The models as they are timed: dense in float and in int8, pruned in int8, sparse where this version has that format."""
+    """The models as they are timed: dense in float and in int8, pruned in sparse int8."""
     import tersor
 
-    sparse = getattr(tersor, "SparseInt8", tersor.Int8Dynamic)()
     found = {FLOAT: models[DENSE]}
     for name, model in models.items():
-        config = {"_default": tersor.Int8Dynamic() if name == DENSE else sparse, "fc3": tersor.Int8Dynamic()}
+        config = {"_default": tersor.Int8Dynamic() if name == DENSE else tersor.SparseInt8(), "fc3": tersor.Int8Dynamic()}
         found[name] = tersor.quantize_(copy.deepcopy(model), config)
     return found
 
@@ -124,39 +121,17 @@ def table(
     return out
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--seeds", type=click.IntRange(1), default=1, help="Runs to average; the promised accuracies are means of 3.")
-@click.option("--steps", type=click.IntRange(2), default=400, help="Dense steps, and as many pruned ones, of 256 images.")
-@click.option("--threads", type=click.IntRange(1), default=2, help="Threads of torch for training.")
-@click.option("--timed-threads", type=click.IntRange(1), default=1, help="Threads of torch for images/s.")
-@click.option("--rounds", type=click.IntRange(1), default=9, help="Timed rounds; all models take turns in each.")
-@click.option("--only", multiple=True, help="A pattern to train, as the table names it; may be repeated. [default: all]")
+@options(
+    steps="Dense steps, and as many pruned ones, of 256 images.",
+    only="A pattern to train, as the table names it; may be repeated. [default: all]",
+)
 def main(seeds: int, steps: int, threads: int, timed_threads: int, rounds: int, only: tuple[str, ...]) -> None:
     """Accuracy, bytes and images/s of a small network, dense and pruned.
 
     A few minutes a seed. Images come from Debian's dataset-fashion-mnist (make data).
     """
     cap = cap_peers()
-    from fashion_mnist_model import load_data
-    from minilm_model import MissingData
-
-    try:
-        data = load_data()
-    except MissingData as error:
-        raise click.ClickException(str(error)) from None
-
-    names = list(patterns())
-    if unknown := set(only) - set(names):
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}; expected some of: {', '.join(names)}", param_hint="--only")
-    count = len(only) or len(names)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with torch_threads(threads), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("training", total=seeds * steps * (2 + count))
-
-        def on_step(description: str, advance: int) -> None:
-            progress.update(task, description=description, advance=advance)
-
-        results = [run_seed(data, seed, steps, only, on_step) for seed in range(seeds)]
+    data, results = train_seeds(run_seed, list(patterns()), only, seeds, steps, threads)
     models = packed(results[0].models)
     speed = measure(models, data, timed_threads, rounds)
     console = Console(width=150)

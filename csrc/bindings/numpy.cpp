@@ -52,6 +52,12 @@ const uint8_t* tiles_of(const char* function, const py::array& weight_packed, in
                         {tersor::ceil_div(N, tersor::kTileN), tersor::ceil_div(K, tersor::tile_k(bits)), tersor::kTileBytes});
 }
 
+void add_bias(const char* function, const py::object& bias, const std::string& epilogue, tersor::LinearWeights* w) {
+  if (!bias.is_none()) w->bias = exact<float>(function, "bias", py::cast<py::array>(bias), {w->N});
+  w->bias_dtype = Dtype::f32;
+  w->activation = tersor::activation_from(function, epilogue);
+}
+
 tersor::LinearWeights weights_of(const char* function, const py::array& weight_packed, const py::array& weight_scale,
                                  const py::object& bias, const std::string& epilogue, int64_t K, int64_t bits) {
   tersor::LinearWeights w{};
@@ -61,9 +67,7 @@ tersor::LinearWeights weights_of(const char* function, const py::array& weight_p
   w.bits = tersor::check_bits(function, bits);
   w.weight_scale = exact<float>(function, "weight_scale", weight_scale, {w.N});
   w.weight_packed = tiles_of(function, weight_packed, w.N, K, w.bits);
-  if (!bias.is_none()) w.bias = exact<float>(function, "bias", py::cast<py::array>(bias), {w.N});
-  w.bias_dtype = Dtype::f32;
-  w.activation = tersor::activation_from(function, epilogue);
+  add_bias(function, bias, epilogue, &w);
   return w;
 }
 
@@ -191,9 +195,7 @@ py::array linear_weight_only(const py::array& x, const py::array& weight_packed,
 py::array sparse_linear(const char* name, LinearDriver driver, const py::array& x, const XRows& r, tersor::LinearWeights w,
                         const py::object& bias, const std::string& epilogue) {
   const auto& table = tersor::table_or_throw();
-  if (!bias.is_none()) w.bias = exact<float>(name, "bias", py::cast<py::array>(bias), {w.N});
-  w.bias_dtype = Dtype::f32;
-  w.activation = tersor::activation_from(name, epilogue);
+  add_bias(name, bias, epilogue, &w);
   py::array y(x.dtype(), std::vector<py::ssize_t>{r.M, w.N});
   const tersor::Output out{y.mutable_data(), r.rows.dtype};
   const char* error = nullptr;

@@ -1,6 +1,6 @@
 // torch ops of sparse weights on the CPU, as torch_ops.cpp.
 #include "sparse_check.h"
-#include "torch_check.h"
+#include "torch_layers.h"
 
 namespace {
 
@@ -19,18 +19,9 @@ Tensor linear_sparse(Tensor x, Tensor weight_packed, Tensor weight_index, Tensor
   constexpr const char* kName = "linear_sparse";
   const auto& table = tersor::table_or_throw();
   XRows r = rows_of(kName, x);
-  check_plain(kName, "weight_scale", weight_scale);
-  if (weight_scale.dim() != 1) fail(kName, "weight_scale has ", weight_scale.dim(), " dimensions, expected [N]");
   Keep keep;
-  tersor::LinearWeights w{};
-  w.N = weight_scale.size(0);
-  w.K = r.K;
-  w.weight_scale = static_cast<const float*>(exact(kName, "weight_scale", weight_scale, ScalarType::Float, {w.N}, &keep));
-  if (bias) {
-    w.bias_dtype = float_dtype(kName, "bias", bias->scalar_type());
-    w.bias = exact(kName, "bias", *bias, bias->scalar_type(), {w.N}, &keep);
-  }
-  w.activation = tersor::activation_from(kName, epilogue);
+  tersor::LinearWeights w = scaled_layer(kName, weight_scale, r.K, &keep);
+  add_bias(kName, bias, epilogue, &w, &keep);
   std::vector<int64_t> packed_sizes, index_sizes;
   const tersor::Sizes packed = sizes_of(kName, "weight_packed", weight_packed, &packed_sizes);
   const tersor::Sizes index = sizes_of(kName, "weight_index", weight_index, &index_sizes);
@@ -59,11 +50,7 @@ Tensor linear_sparse_float(Tensor x, Tensor weight_packed, Tensor weight_index, 
   tersor::LinearWeights w{};
   w.N = weight_offset.size(0) - 1;
   w.K = r.K;
-  if (bias) {
-    w.bias_dtype = float_dtype(kName, "bias", bias->scalar_type());
-    w.bias = exact(kName, "bias", *bias, bias->scalar_type(), {w.N}, &keep);
-  }
-  w.activation = tersor::activation_from(kName, epilogue);
+  add_bias(kName, bias, epilogue, &w, &keep);
   tersor::SparseFloatWeights s{};
   check_plain(kName, "weight_packed", weight_packed);
   s.entries = weight_packed.dim() == 2 ? weight_packed.size(0) : 0;

@@ -23,20 +23,31 @@ struct Stored {
   const Tensor* threshold = nullptr;
 };
 
-inline tersor::LinearWeights weights_of(const char* function, const Stored& s, int64_t K, Keep* keep) {
+// A layer [N, K] with the scale of each channel, which says what N is.
+inline tersor::LinearWeights scaled_layer(const char* function, const Tensor& weight_scale, int64_t K, Keep* keep) {
   tersor::LinearWeights w{};
-  check_plain(function, "weight_scale", s.weight_scale);
-  if (s.weight_scale.dim() != 1) fail(function, "weight_scale has ", s.weight_scale.dim(), " dimensions, expected [N]");
-  w.N = s.weight_scale.size(0);
+  check_plain(function, "weight_scale", weight_scale);
+  if (weight_scale.dim() != 1) fail(function, "weight_scale has ", weight_scale.dim(), " dimensions, expected [N]");
+  w.N = weight_scale.size(0);
   w.K = K;
-  w.bits = tersor::check_bits(function, s.bits);
-  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", s.weight_scale, ScalarType::Float, {w.N}, keep));
-  w.weight_packed = tiles_of(function, s.weight_packed, w.N, K, w.bits, keep);
-  if (s.bias) {
-    w.bias_dtype = float_dtype(function, "bias", s.bias->scalar_type());
-    w.bias = exact(function, "bias", *s.bias, s.bias->scalar_type(), {w.N}, keep);
+  w.weight_scale = static_cast<const float*>(exact(function, "weight_scale", weight_scale, ScalarType::Float, {w.N}, keep));
+  return w;
+}
+
+inline void add_bias(const char* function, const OptionalTensor& bias, const std::string& epilogue, tersor::LinearWeights* w,
+                     Keep* keep) {
+  if (bias) {
+    w->bias_dtype = float_dtype(function, "bias", bias->scalar_type());
+    w->bias = exact(function, "bias", *bias, bias->scalar_type(), {w->N}, keep);
   }
-  w.activation = tersor::activation_from(function, s.epilogue);
+  w->activation = tersor::activation_from(function, epilogue);
+}
+
+inline tersor::LinearWeights weights_of(const char* function, const Stored& s, int64_t K, Keep* keep) {
+  tersor::LinearWeights w = scaled_layer(function, s.weight_scale, K, keep);
+  w.bits = tersor::check_bits(function, s.bits);
+  w.weight_packed = tiles_of(function, s.weight_packed, w.N, K, w.bits, keep);
+  add_bias(function, s.bias, s.epilogue, &w, keep);
   if (s.input_scale) {
     w.input_scale = static_cast<const float*>(exact(function, "input_scale", *s.input_scale, ScalarType::Float, {}, keep));
   }

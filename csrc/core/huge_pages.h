@@ -10,8 +10,8 @@ namespace tersor {
 // Returns whether the system knows the request; it may still serve it later, or in part.
 bool use_huge_pages(const void* data, int64_t bytes);
 
-// The same for a buffer that nobody has written yet: its pages come as huge ones when they are first touched, 45 MB in 5 ms
-// instead of 19. Allocators map anew what is larger than kFreshBytes (glibc: 32 MiB), smaller buffers come back with their pages.
+// The same for a buffer that nobody has written yet: its pages come as huge ones when they are first touched. Allocators map anew
+// what is larger than kFreshBytes (glibc: 32 MiB), smaller buffers come back with their pages.
 inline constexpr int64_t kFreshBytes = int64_t{32} << 20;
 bool expect_huge_pages(const void* data, int64_t bytes);
 

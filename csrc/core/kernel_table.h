@@ -102,7 +102,7 @@ struct QuantizeArgs {
 // Rows [0, M) of s = x + residual, rounded to the dtype of x, are normalised and become s8 rows as QuantizeArgs makes them:
 //   layer  y = (s * inverse - mean * inverse) * weight + bias    inverse = 1 / sqrt(variance + eps)
 //   rms    y = (s * inverse) * weight                            inverse = 1 / sqrt(mean of s^2 + eps)
-// in f32 with fma, rounded to the dtype of x. Sums in 64 lanes by k mod 64, the lanes in a tree (norm_quantize.inl).
+// in f32 with fma, rounded to the dtype of x. Sums in 64 lanes by k mod 64, the lanes in a tree (binarize_x.inl).
 struct NormArgs {
   Rows x;
   Rows residual;  // x: null: s = x

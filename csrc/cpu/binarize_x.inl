@@ -3,7 +3,9 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int kMeanLanes = 64;  // sums of |x - threshold|, lane k mod 64: the same on every instruction set
+// Sums along a row go to lane k mod 64 on every instruction set: enough registers to hide the latency of an addition.
+constexpr int kSumLanes = 64;
+constexpr int kSumVecs = kSumLanes / Isa::kLanes;
 
 // Comparisons leave element k of a word at bit k. A 1-bit tile wants k = 4j + b at bit 8b + j: the five bits of the index, (j2 j1
 // j0 b1 b0) from the top, become (b1 b0 j2 j1 j0). Each step exchanges two bits of the index.
@@ -30,32 +32,37 @@ inline void to_tile_order(uint8_t* bits, int64_t bytes) {
   }
 }
 
-// The 64 sums in a tree: runs of 16 lanes first, then halves.
-inline float add_lanes(float (&sums)[kMeanLanes]) {
-  for (int i = 0; i < 16; ++i) sums[i] = (sums[i] + sums[16 + i]) + (sums[32 + i] + sums[48 + i]);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[half + i];
+// The 64 sums in a tree: (s[i] + s[16 + i]) + (s[32 + i] + s[48 + i]), then halves, 8, 4, 2, 1.
+inline float add_lanes(Vf (&sums)[kSumVecs]) {
+  constexpr int kRun = kSumVecs / 4;  // registers of 16 lanes
+#pragma GCC unroll 4
+  for (int i = 0; i < kRun; ++i) {
+    sums[i] = Isa::add(Isa::add(sums[i], sums[kRun + i]), Isa::add(sums[2 * kRun + i], sums[3 * kRun + i]));
   }
-  return sums[0];
+#pragma GCC unroll 2
+  for (int half = kRun / 2; half > 0; half /= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < half; ++i) sums[i] = Isa::add(sums[i], sums[half + i]);
+  }
+  return Isa::reduce_add(sums[0]);
 }
 
 template <Dtype kDtype>
 void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bits, float* scale) {
-  constexpr int kVecs = kMeanLanes / Isa::kLanes;
   const Vf share = Isa::set1(1.0f / static_cast<float>(K));
-  Vf sums[kVecs];
+  Vf sums[kSumVecs];
 #pragma GCC unroll 16
-  for (int v = 0; v < kVecs; ++v) sums[v] = Isa::set1(0.0f);
+  for (int v = 0; v < kSumVecs; ++v) sums[v] = Isa::set1(0.0f);
 
   auto add = [&](int v, Vf value, Vf limit) __attribute__((always_inline)) {
     sums[v] = Isa::add(sums[v], Isa::mul(abs_(Isa::sub(value, limit)), share));
     return static_cast<uint64_t>(Isa::mask_ge(value, limit)) << v * Isa::kLanes;
   };
   int64_t k = 0;
-  for (; k + kMeanLanes <= K; k += kMeanLanes) {
+  for (; k + kSumLanes <= K; k += kSumLanes) {
     uint64_t words = 0;
 #pragma GCC unroll 16
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kSumVecs; ++v) {
       const int64_t at = k + v * Isa::kLanes;
       words |= add(v, load_as(x, kDtype, at), Isa::load(threshold + at));
     }
@@ -63,7 +70,7 @@ void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bit
   }
   if (k < K) {
     uint64_t words = 0;
-    for (int v = 0; v < kVecs && k + v * Isa::kLanes < K; ++v) {
+    for (int v = 0; v < kSumVecs && k + v * Isa::kLanes < K; ++v) {
       const int64_t at = k + v * Isa::kLanes;
       const bool whole = at + Isa::kLanes <= K;
       words |= add(v, whole ? load_as(x, kDtype, at) : load_tail(x, kDtype, at, K),
@@ -74,10 +81,7 @@ void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bit
   }
   to_tile_order(bits, ceil_div(K, 32) * 4);
 
-  float lanes[kMeanLanes];
-#pragma GCC unroll 16
-  for (int v = 0; v < kVecs; ++v) Isa::store(lanes + v * Isa::kLanes, sums[v]);
-  *scale = add_lanes(lanes);
+  *scale = add_lanes(sums);
   // NaN or inf in the row makes the sum NaN or inf; so may finite values beyond the float range, which stay.
   if (!(__builtin_fabsf(*scale) <= __FLT_MAX__) && absmax_bits<kDtype>(x, K) >= kInfBits) {
     __builtin_memset(bits, 0, static_cast<size_t>(ceil_div(K, 32) * 4));

@@ -246,9 +246,9 @@ struct Isa {
   static constexpr int kInPlaceRows = 0;  // shifted back after the narrow sums would not do
   static constexpr int kGroupedMaxRows = 2;
   static constexpr int grouped_tiles(int) { return 1; }
-  // Float GEMM: 6 x 2 accumulators, 2 weights, a broadcast.
   static constexpr int kSparseMaxRows = 4;
   static constexpr int sparse_sets(int) { return 1; }
+  // Float GEMM: 6 x 2 accumulators, 2 weights, a broadcast.
   static constexpr int kFloatMaxRows = 6;
   static constexpr int kFloatTiles = 1;
 };

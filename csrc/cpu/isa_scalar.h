@@ -209,9 +209,12 @@ struct Isa {
   };
 
   // The dot product of sparse weights: s8 words in W, four products added to each lane.
-  //   prepare(q, K, out)     an s8 row in the form load_x reads, kXBytesPerK bytes for an element; prepare_bytes: as lookup reads
-  //   it load_w, load_x, dot4   as in Dot dot_bytes(acc, x, w)   the same of a vector of bytes that lookup gave kSumShift sums are
-  //   too large by the sum of w << kSumShift; negative: they are right
+  //
+  //   prepare(q, K, out)        an s8 row in the form load_x reads, kXBytesPerK bytes for an element
+  //   prepare_bytes(q, K, out)  an s8 row in the form lookup reads
+  //   load_w, load_x, dot4      as in Dot
+  //   dot_bytes(acc, x, w)      the same of a vector of bytes that lookup gave
+  //   kSumShift                 sums are too large by the sum of w << kSumShift; negative: they are right
   struct SignedDot {
     using W = Vi;
     using X = Vi;

@@ -4,19 +4,7 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int kStatLanes = 64;  // partial sums of a row, lane k mod 64: four registers of AVX-512 hide the latency of fma
-constexpr int kStatVecs = kStatLanes / Isa::kLanes;
 constexpr float kLeastSpread = 0.125f;  // variance over the mean square: below it too much has cancelled
-
-// The lanes in halves: i and i + 32, then 16, 8, 4, 2, 1.
-inline float add_lanes(Vf (&sums)[kStatVecs]) {
-#pragma GCC unroll 4
-  for (int half = kStatVecs / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) sums[i] = Isa::add(sums[i], sums[half + i]);
-  }
-  return Isa::reduce_add(sums[0]);
-}
 
 // v rounded to a dtype and back.
 template <Dtype kDtype>
@@ -61,13 +49,13 @@ struct Flag {
   static constexpr bool value = kValue;
 };
 
-// f(v, k, whole) for each vector of a row, v = k / kLanes mod kStatVecs.
+// f(v, k, whole) for each vector of a row, v = k / kLanes mod kSumVecs.
 template <typename F>
 [[gnu::always_inline]] inline void each_vector(int64_t K, F f) {
   int64_t k = 0;
-  for (; k + kStatLanes <= K; k += kStatLanes) {
+  for (; k + kSumLanes <= K; k += kSumLanes) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kStatVecs; ++v) f(v, k + v * Isa::kLanes, Flag<true>{});
+    for (int v = 0; v < kSumVecs; ++v) f(v, k + v * Isa::kLanes, Flag<true>{});
   }
   int v = 0;
   for (; k + Isa::kLanes <= K; ++v, k += Isa::kLanes) f(v, k, Flag<true>{});
@@ -82,8 +70,8 @@ struct Moments {
 // sum of (s - mean)^2, less what the rounding of the mean adds.
 template <Dtype kDtype>
 [[gnu::noinline]] float spread_around(const void* s, int64_t K, float mean) {
-  Vf sum[kStatVecs], square[kStatVecs];
-  for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
+  Vf sum[kSumVecs], square[kSumVecs];
+  for (int v = 0; v < kSumVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
   const Vf centre = Isa::set1(mean);
   each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
     Vf d = Isa::sub(load_part<kDtype, whole.value>(s, k, K), centre);
@@ -100,9 +88,9 @@ template <Dtype kDtype>
 template <Dtype kDtype, bool kResidual, bool kRms>
 Moments moments(const void* x, const void* residual, int64_t K, float eps, float* s) {
   const float share = 1.0f / static_cast<float>(K);
-  Vf sum[kStatVecs], square[kStatVecs];
+  Vf sum[kSumVecs], square[kSumVecs];
 #pragma GCC unroll 16
-  for (int v = 0; v < kStatVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
+  for (int v = 0; v < kSumVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
   auto load_s = [&](int64_t k, auto whole) __attribute__((always_inline)) {
     const Vf from = load_part<kDtype, whole.value>(x, k, K);
     if constexpr (!kResidual) return from;

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..formats import Format, Int8Dynamic, SparseFloat, SparseInt8
 from ..nn import QuantLinear
+from ..pruning_patterns import NM, Block, Pattern, Unstructured
+from ..pruning_scores import keep_highest, magnitude
 from .layers import stored_bytes
 from .timing import Noise, Timing, hot_and_cold, interleaved, torch_threads
 
@@ -26,25 +28,10 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 def pruned(weight: Tensor, pattern: str, sparsity: float) -> Tensor:
-    """A copy of `weight` [N, K] without its smallest elements, or blocks (by their mean magnitude), or 2 of each 4 along K."""
-    if pattern == "unstructured":
-        scores, block = weight.abs(), (1, 1)
-    elif pattern == "16x4":
-        n, k = weight.shape
-        if n % 16 or k % 4:
-            raise ValueError(f"pruned: weight is {list(weight.shape)}, expected a multiple of 16 x 4")
-        scores, block = weight.abs().reshape(n // 16, 16, k // 4, 4).mean((1, 3)), (16, 4)
-    elif pattern == "2:4":
-        groups = weight.abs().reshape(-1, 4)
-        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
-        return weight * kept.reshape(weight.shape)
-    else:
-        raise ValueError(f"pruned: pattern is {pattern!r}, expected one of: {', '.join(PATTERNS)}")
-    smallest = scores.flatten().argsort()[: round(sparsity * scores.numel())]
-    kept = torch.ones(scores.numel(), dtype=torch.bool)
-    kept[smallest] = False
-    mask = kept.reshape(scores.shape).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return weight * mask
+    """A copy of `weight` [N, K] without what is smallest; "2:4" is always half."""
+    kind: Pattern = {"16x4": Block((16, 4), sparsity), "2:4": NM(2, 4)}.get(pattern, Unstructured(sparsity))
+    everything = torch.ones_like(weight, dtype=torch.bool)
+    return torch.where(keep_highest([magnitude(weight)], [everything], kind, 1.0, False)[0], weight, 0.0)
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,7 @@ def check_weights(
     check_tensors(function, weight_packed=weight_packed, weight_scale=weight_scale)
     if bias is not None:
         check_tensors(function, bias=bias)
-    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
-        raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
-    n = weight_scale.shape[0]
+    n = check_weight_scale(function, weight_scale)
     tile_k = 32 // bits
     if weight_packed.dim() == 3 and k > 0 and weight_packed.shape[1] != ceil_div(k, tile_k):
         most = weight_packed.shape[1] * tile_k
@@ -74,10 +72,24 @@ def check_weights(
             f"[{most - tile_k + 1}, {most}]{width}"
         )
     check_tiles(function, weight_packed, n, k, bits)
-    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (n,)):
-        raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
+    check_bias(function, bias, n)
     check_epilogue(function, epilogue)
     return n
+
+
+def check_weight_scale(function: str, weight_scale: Tensor) -> int:
+    """One scale for each output channel; returns N."""
+    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
+        raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
+    return weight_scale.shape[0]
+
+
+def check_bias(function: str, bias: Tensor | None, n: int) -> None:
+    if bias is None:
+        return
+    check_tensors(function, bias=bias)
+    if bias.dtype not in FLOATS or tuple(bias.shape) != (n,):
+        raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
 
 
 def check_linear(

@@ -73,7 +73,7 @@ def input_grad(
     with torch.autocast(grad.device.type, enabled=False):
         scales = None if group_scale is None or in_features == 0 else group_scales(group_scale, n)
         for begin, end, rows in blocks_of_rows(weight_packed, n, in_features, _BLOCK_TILES, bits):
-            out = out + g[:, begin:end] @ _relative(rows, None if scales is None else scales[begin:end])
+            out = out.addmm(g[:, begin:end], _relative(rows, None if scales is None else scales[begin:end]))
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 

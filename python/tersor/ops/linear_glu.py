@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ._register import op
-from .checks import FLOATS, check_device, check_linear, check_per_row, check_tensors, check_weights
+from .checks import check_linear
 from .epilogues import EPILOGUES
-from .linear_int8 import GEMM, check_q, finish, linear_acc
+from .linear_int8 import GEMM, check_on_rows, finish, linear_acc
 from .quantize_rows import empty_rows, quantize_rows
 from .tiles import TILE_N
 
@@ -71,13 +71,7 @@ def _check_s8_rows(
     dtype: torch.dtype,
     bits: int,
 ) -> Tensor:
-    k = check_q(function, q, row_sum)
-    check_tensors(function, scale=scale)
-    check_per_row(function, "scale", scale, torch.float32, q.shape[:-1])
-    check_device(function, q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
-    channels = check_weights(function, k, weight_packed, weight_scale, bias, activation, bits)
-    if dtype not in FLOATS:
-        raise TypeError(f"{function}: dtype is {dtype}, expected float32, bfloat16 or float16")
+    channels = check_on_rows(function, q, scale, row_sum, weight_packed, weight_scale, bias, activation, bits, dtype=dtype)
     return q.new_empty((*q.shape[:-1], _features(function, channels)), dtype=dtype)
 
 

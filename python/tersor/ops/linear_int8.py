@@ -31,6 +31,30 @@ def check_q(function: str, q: Tensor, row_sum: Tensor) -> int:
     return check_last_dim(function, "q", q)
 
 
+def check_on_rows(
+    function: str,
+    q: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    bits: int,
+    **dtype: torch.dtype,
+) -> int:
+    """The shape rule of a layer on int8 rows whose result is of `dtype`, given by its argument's name; returns N."""
+    k = check_q(function, q, row_sum)
+    check_tensors(function, scale=scale)
+    check_per_row(function, "scale", scale, torch.float32, q.shape[:-1])
+    check_device(function, q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
+    n = check_weights(function, k, weight_packed, weight_scale, bias, epilogue, bits)
+    for name, value in dtype.items():
+        if value not in FLOATS:
+            raise TypeError(f"{function}: {name} is {value}, expected float32, bfloat16 or float16")
+    return n
+
+
 # Entries of the native kernel table, by the bits of a code.
 GEMM = ("gemm_w8", "gemm_w4", "gemm_w2", "gemm_w1")
 
@@ -81,13 +105,7 @@ def _check_s8(
     bits: int = 8,
     residual: Tensor | None = None,
 ) -> Tensor:
-    k = check_q("linear_s8", q, row_sum)
-    check_tensors("linear_s8", scale=scale)
-    check_per_row("linear_s8", "scale", scale, torch.float32, q.shape[:-1])
-    check_device("linear_s8", q, scale=scale, row_sum=row_sum, weight_packed=weight_packed, weight_scale=weight_scale, bias=bias)
-    n = check_weights("linear_s8", k, weight_packed, weight_scale, bias, epilogue, bits)
-    if out_dtype not in FLOATS:
-        raise TypeError(f"linear_s8: out_dtype is {out_dtype}, expected float32, bfloat16 or float16")
+    n = check_on_rows("linear_s8", q, scale, row_sum, weight_packed, weight_scale, bias, epilogue, bits, out_dtype=out_dtype)
     y = q.new_empty((*q.shape[:-1], n), dtype=out_dtype)
     check_residual("linear_s8", residual, y)
     return y

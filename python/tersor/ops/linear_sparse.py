@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import int_matmul as _int_matmul
 from ._register import op
-from .checks import FLOATS, as_rows, check_device, check_tensors, check_x
+from .checks import as_rows, check_bias, check_device, check_tensors, check_weight_scale, check_x
 from .epilogues import check_epilogue
 from .linear_int8 import finish
 from .quantize_rows import quantize_rows
@@ -34,15 +33,10 @@ def _check(
         "weight_scale": weight_scale,
     }
     check_tensors(function, **stored)
-    if weight_scale.dtype != torch.float32 or weight_scale.dim() != 1:
-        raise ValueError(f"{function}: weight_scale is {weight_scale.dtype} {list(weight_scale.shape)}, expected float32 [N]")
-    n = weight_scale.shape[0]
+    n = check_weight_scale(function, weight_scale)
     check_device(function, x, **stored, bias=bias)
     check_shapes(function, weight_packed, weight_index, weight_offset, weight_sum, n, k)
-    if bias is not None:
-        check_tensors(function, bias=bias)
-        if bias.dtype not in FLOATS or tuple(bias.shape) != (n,):
-            raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
+    check_bias(function, bias, n)
     check_epilogue(function, epilogue)
     return x.new_empty((*x.shape[:-1], n))
 

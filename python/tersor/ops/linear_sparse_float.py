@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._register import op
-from .checks import FLOATS, as_rows, check_device, check_tensors, check_x
+from .checks import as_rows, check_bias, check_device, check_tensors, check_x
 from .epilogues import EPILOGUES, check_epilogue
 from .sparse_storage import as_u16, owners, u16_bytes
 
@@ -89,10 +89,7 @@ def _check(
     check_tensors(function, **stored)
     check_device(function, x, **stored, bias=bias)
     n = check_float_shapes(function, weight_packed, weight_index, weight_offset)
-    if bias is not None:
-        check_tensors(function, bias=bias)
-        if bias.dtype not in FLOATS or tuple(bias.shape) != (n,):
-            raise ValueError(f"{function}: bias is {bias.dtype} {list(bias.shape)}, expected float [{n}]")
+    check_bias(function, bias, n)
     check_epilogue(function, epilogue)
     return x.new_empty((*x.shape[:-1], n))
 
@@ -113,9 +110,9 @@ def linear_sparse_float(
     bias     float [N] or None
     returns  dtype of x, [..., N]
 
-    What x holds where a channel has no weight is not looked at: a NaN or inf there stays without effect. The order of the sums is
-    the kernel's own: |error| <= 2 Z eps sum_k |x w| with Z non-zeros in the channel (class F of docs/numerics.md). The structure is
-    checked where a file is read, not here: a wrong one gives wrong numbers, never a read outside the tensors.
+    What x holds where a channel has no weight is not looked at: a NaN or inf there stays without effect. The order of the sums
+    is the kernel's own: |error| <= (2 Z + 2) 2^-24 sum_k |x w| with Z non-zeros in the channel (class F of docs/numerics.md).
+    The structure is checked where a file is read, not here: a wrong one gives wrong numbers, never a read outside the tensors.
 
     Raises ValueError / TypeError where sizes or dtypes do not fit. Gradients for x and bias.
     """

@@ -1,6 +1,5 @@
 // Fused torch ops on the CPU: norm_quantize and the gated linear units.
-#include "../core/fused.h"
-#include "torch_layers.h"
+#include "torch_on_cpu.h"
 
 namespace {
 
@@ -24,19 +23,7 @@ Normed norm_quantize(Tensor x, OptionalTensor residual, OptionalTensor weight, O
   const XRows r = dense_rows(kName, x);
   const ScalarType type = x.scalar_type();
   Keep keep;
-  tersor::Norm norm{};
-  norm.K = r.K;
-  norm.eps = static_cast<float>(eps);
-  norm.rms = kind == "rms";
-  if (!norm.rms && kind != "layer") fail(kName, "kind is '", kind, "', expected layer or rms");
-  if (norm.rms && bias) fail(kName, "bias is given, expected None for kind='rms'");
-  auto vector_of = [&](const char* name, const OptionalTensor& t, Dtype* dtype) -> const void* {
-    if (!t) return nullptr;
-    *dtype = float_dtype(kName, name, t->scalar_type());
-    return exact(kName, name, *t, t->scalar_type(), {r.K}, &keep);
-  };
-  norm.weight = vector_of("weight", weight, &norm.weight_dtype);
-  norm.bias = vector_of("bias", bias, &norm.bias_dtype);
+  const tersor::Norm norm = norm_of(kName, r.K, weight, bias, eps, kind, &keep);
   tersor::Rows added{nullptr, r.rows.dtype, 0};
   added.x = residual_of(kName, residual, r.out_sizes, type, &added.ld, &keep);
   Quantized rows = empty_s8_rows(r.out_sizes);
@@ -46,14 +33,6 @@ Normed norm_quantize(Tensor x, OptionalTensor residual, OptionalTensor weight, O
                        tersor::norm_quantize(table, r.M, {r.rows.x, r.rows.dtype, r.rows.stride_m}, added, norm, s8_output(rows),
                                              want_sum ? sum.mutable_data_ptr() : nullptr, want_y ? y.mutable_data_ptr() : nullptr));
   return {std::get<0>(rows), std::get<1>(rows), std::get<2>(rows), sum, y};
-}
-
-tersor::LinearWeights glu_weights(const char* function, const Stored& stored, int64_t K, Keep* keep) {
-  tersor::LinearWeights w = weights_of(function, stored, K, keep);
-  if (w.N % (2 * tersor::kTileN))
-    fail(function, "weight_scale has ", w.N, " channels, expected a multiple of 32: gate and up in turn");
-  w.glu = true;
-  return w;
 }
 
 // What a gated layer reads: the sizes of its result, and how to compute it as floats or as rows.

@@ -66,6 +66,9 @@ def info() -> Info:
         ops=served,
         devices={
             "cpu": "native kernels" if ops.NATIVE else "the references, as plain torch",
+            "cuda": f"native kernels of {', '.join(ops.CUDA_KERNELS)}, and of 2:4 weights; the others as plain torch"
+            if ops.NATIVE_CUDA
+            else "the references, as plain torch (this installation has no CUDA kernels: build with TERSOR_CUDA=ON)",
             "jax": "the references, as XLA graphs with s8 x s8 -> s32 dots (tersor.backends.xla)",
             "others": "the references, as plain torch",
         },

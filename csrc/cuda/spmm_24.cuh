@@ -35,9 +35,9 @@ TERSOR_DEVICE void fetch_sparse(const GemmParams& p, unsigned char* stage, int64
   constexpr int kChunks = kSparseBytes / 16;
 #pragma unroll
   for (int i = ptx::thread_index(); i < kSparseTiles * kChunks; i += kSparseThreads) {
-    const int64_t n_tile = t0 + i / kChunks;
-    const bool valid = n_tile < tiles_n;
-    ptx::copy_async16(stage + i * 16, p.w + (valid ? (n_tile * p.tiles_k + kb) * kSparseBytes + i % kChunks * 16 : 0), valid);
+    // Past the last n tile that one again: its products are not stored, and zeros would be places that mma.sp must not see.
+    const int64_t wanted = t0 + i / kChunks, n_tile = wanted < tiles_n ? wanted : tiles_n - 1;
+    ptx::copy_async16(stage + i * 16, p.w + (n_tile * p.tiles_k + kb) * kSparseBytes + i % kChunks * 16, true);
   }
 #pragma unroll
   for (int i = ptx::thread_index(); i < kRows * 4; i += kSparseThreads) {

@@ -35,8 +35,9 @@ TERSOR_DEVICE float add_lanes(float v, unsigned char* slots) {
   return sum;
 }
 
-// Grid [M], kNormThreads, kNormSharedBytes.
-__global__ void __launch_bounds__(kNormThreads) norm_quantize(const __grid_constant__ NormParams p) {
+// Grid [M], kNormThreads, kNormSharedBytes. The blocks of a multiprocessor are said, as for gemv_int: ptxas spills one register by
+// itself.
+__global__ void __launch_bounds__(kNormThreads, 16) norm_quantize(const __grid_constant__ NormParams p) {
   const int64_t m = ptx::block_x();
   const int thread = ptx::thread_index();
   unsigned char* slots = ptx::shared_memory();

@@ -123,8 +123,13 @@ TERSOR_DEVICE void mma_s8u8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint
 
 // ---- D[16][8] += popcount(A[16][256] and B[256][8]), bits ---------------------------------------------------------------------
 // The drawing above with 32 neighbouring k a register, lowest bit first: k = 32t + b, and 128 + 32t + b. One BMMA on sm_80 to 90;
-// xor.popc would be two on sm_90, and sm_100 has neither (8 IMMA).
+// xor.popc would be two on sm_90, and sm_100 and up have neither (8 IMMA): signs take another way there (signs_as_int8), and
+// kernels that nobody launches are not worth their code.
 TERSOR_DEVICE void mma_and_popcount(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 1000
+  asm volatile("trap;");
+  return;
+#endif
   asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -132,6 +132,24 @@ TERSOR_TEST(cuda_plan) {
   CHECK(cuda::plan({90, 132}, 2, 64, 64, Width::bits8, false, true).workspace_bytes == 2 * 64 * 4, "gate and up meet in it");
 }
 
+// What docs/cuda.md says of shared memory, in bytes. A multiprocessor of sm_80 has 164 KiB, of which a block takes 1 for itself.
+template <typename P, typename S>
+void check_shared(const char* name, int bytes) {
+  CHECK(cuda::Layout<P, S>::kSharedBytes == bytes, "%s takes %d bytes, expected %d", name, cuda::Layout<P, S>::kSharedBytes, bytes);
+  CHECK((bytes + 1024) * 2 <= 164 * 1024, "%s: two blocks do not fit", name);
+}
+TERSOR_TEST(cuda_shared_memory) {
+  using namespace cuda;
+  set_case("shared memory");
+  check_shared<Codes<8, false>, Large>("large", 69632);
+  check_shared<Codes<8, false>, Medium>("medium", 49152);
+  check_shared<Codes<4, true>, Medium>("medium, groups", 34816);
+  check_shared<Codes<8, false>, Small>("small", 55296);
+  check_shared<Signs, Large>("signs", 69632);
+  CHECK(SparseLayout<64>::kSharedBytes == 36864 && SparseLayout<16>::kSharedBytes == 24576, "2:4");
+  CHECK((Layout<Codes<8, false>, Medium>::kSharedBytes + 1024) * 2 <= 100 * 1024, "two of medium in the 100 KiB of sm_89 and 120");
+}
+
 // 16-byte loads of shared memory meet every bank once, as the layouts in gemm_int.cuh promise.
 TERSOR_TEST(cuda_bank_conflicts) {
   Random random(options.seed);

@@ -101,7 +101,8 @@ void check_signs_as_int8(const FloatRows& x, const Exact<float>& threshold, cons
   }
   machine.allow(signs.data(), signs.size());
   cuda::LinearCall as_int8 = *c;
-  Canvas again(M, c->N * 4, c->N * 4);
+  const int64_t row_bytes = c->N * dtype_bytes(c->y_dtype);
+  Canvas again(M, row_bytes, row_bytes);
   as_int8.width = cuda::Width::bits1;
   as_int8.rows = signs.data();
   as_int8.ld_rows = ld;
@@ -109,7 +110,9 @@ void check_signs_as_int8(const FloatRows& x, const Exact<float>& threshold, cons
   as_int8.scale = scale.data();
   as_int8.y = again.at();
   if (!CHECK(run_linear(as_int8, plan, emulated_launch) == 0, "%s", machine.error.c_str())) return;
-  for (int64_t i = 0; i < M * c->N; ++i) CHECK(same(again.at<float>()[i], y->at<float>()[i]), "y[%lld] as int8", ll(i));
+  for (int64_t i = 0; i < M * c->N; ++i) {
+    CHECK(same(load_float(again.at(), c->y_dtype, i), load_float(y->at(), c->y_dtype, i)), "y[%lld] as int8", ll(i));
+  }
 }
 
 // Rows of bits as linear_xnor wants them, and the layer on them.
@@ -139,7 +142,10 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
     for (int64_t i = words; i < ld; ++i) CHECK(bits[m * ld + i] == 0, "pads are 0");
   }
 
-  Canvas y(M, N * 4, N * 4), want(M, N * 4, N * 4);
+  const Dtype y_dtype = kFloatDtypes[(N + K) % 3];
+  const Activation activation = kActivations[(M + K) % 5];
+  const int64_t row_bytes = N * dtype_bytes(y_dtype);
+  Canvas y(M, row_bytes, row_bytes), want(M, row_bytes, row_bytes);
   Exact<char> workspace(plan.workspace_bytes);
   cuda::LinearCall c{};
   c.M = M, c.N = N, c.K = K;
@@ -154,8 +160,9 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
   c.workspace = workspace.data();
   c.y = y.at();
   c.ldy = N;
-  c.bias_dtype = c.y_dtype = Dtype::f32;
-  c.activation = Activation::silu;
+  c.bias_dtype = Dtype::f32;
+  c.y_dtype = y_dtype;
+  c.activation = activation;
   machine.allow(bits.data(), bits.size() * 4);
   machine.allow(w.packed.data(), w.packed.size());
   if (!CHECK(run_linear(c, plan, emulated_launch) == 0, "%s", machine.error.c_str())) return;
@@ -163,12 +170,12 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
   check_signs_as_int8(x, threshold, plan, &c, &y);
   // The CPU op gives x's dtype: rows in f32 of the same values.
   const FloatRows wide(M, K, Dtype::f32, K, 1, [&](int64_t m, int64_t k) { return x.row(m)[k]; });
-  LinearWeights args = w.args(Activation::silu, true);
+  LinearWeights args = w.args(activation, true);
   args.threshold = threshold.data();
-  linear_xnor(table, M, wide.args(), args, {want.at(), Dtype::f32});
+  linear_xnor(table, M, wide.args(), args, {want.at(), y_dtype});
   for (int64_t i = 0; i < M * N; ++i) {
-    CHECK(same(y.at<float>()[i], want.at<float>()[i]), "y[%lld] is %.9g, expected %.9g", ll(i),
-          static_cast<double>(y.at<float>()[i]), static_cast<double>(want.at<float>()[i]));
+    const float got = load_float(y.at(), y_dtype, i), right = load_float(want.at(), y_dtype, i);
+    CHECK(same(got, right), "y[%lld] is %.9g, expected %.9g", ll(i), static_cast<double>(got), static_cast<double>(right));
   }
 }
 

@@ -149,7 +149,9 @@ def main() -> int:
     print("\n".join(lines))
     if options.write and not lines:
         rows = json.dumps({"nvcc": version, "kernels": everything}, indent=1)
-        TABLE.write_text(re.sub(r"\{\n    *(\"registers\"[^}]*?)\n *\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", rows) + "\n")
+        TABLE.write_text(
+            re.sub(r"\{\n    *(\"registers\"[^}]*?)\n *\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", rows) + "\n"
+        )
     return 1 if lines else 0
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import assert_equal
 
 import tersor
 import tersor.ops as ops
-from cases import assert_equal
 from tersor import native
 from tersor.ops import _register
 from tersor.ops.sparse_pairs import BLOCK_BYTES, is_24

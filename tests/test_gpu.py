@@ -5,10 +5,6 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
-
-import tersor
-import tersor.ops as ops
 from cases import (
     ALL_WIDTHS,
     EPS,
@@ -24,6 +20,10 @@ from cases import (
     fitting,
 )
 from test_cuda import pruned_24
+from torch import Tensor
+
+import tersor
+import tersor.ops as ops
 
 CPU = torch.device("cpu")
 DEVICES = [pytest.param(CPU, id="cpu"), pytest.param(torch.device("cuda"), id="cuda", marks=pytest.mark.gpu)]
@@ -81,9 +81,7 @@ def test_layers_of_every_width_and_epilogue(device):
         for epilogue in ops.EPILOGUES:
             got = ops.linear_dynamic(*moved(device, x, tiles, scale, bias), epilogue, case.bits).cpu()
             want = ops.linear_dynamic.reference(x, tiles, scale, bias, epilogue, case.bits)
-            before = ops.linear_s8.reference(
-                *ops.quantize_rows.reference(x), tiles, scale, bias, "none", torch.float32, case.bits
-            )
+            before = ops.linear_s8.reference(*ops.quantize_rows.reference(x), tiles, scale, bias, "none", torch.float32, case.bits)
             # The reference errs by as much as the kernel may.
             assert_within(got, want, 2 * epilogue_bound(case, before, epilogue))
         residual = torch.randn(case.m, case.n).to(case.dtype)
@@ -118,7 +116,9 @@ def test_group_scales(device):
         # Product and sum of each group, two scales, the bias, and the store: class F of docs/numerics.md.
         groups = case.k // case.group_size
         bound = (2 * groups + 5) * EPS[torch.float32] * (q.double().abs() @ weight.abs().t()) * unit.abs()
-        bound = bound + (EPS[case.dtype] + EPS[torch.float32]) * 1.01 * exact.abs() + (2.0**-25 if case.dtype == torch.float16 else 0)
+        bound = (
+            bound + (EPS[case.dtype] + EPS[torch.float32]) * 1.01 * exact.abs() + (2.0**-25 if case.dtype == torch.float16 else 0)
+        )
         assert_within(got, exact, 1.01 * bound)
 
 
@@ -136,7 +136,9 @@ def test_norms_and_gated_units(device, dtype):
             x, tiles, scale, bias = Case(m, 96, 130, dtype, bits=bits).make()
             arguments = (x, tiles, scale, bias, "silu", bits)
             assert_equal(ops.linear_glu(*moved(device, *arguments)).cpu(), ops.linear_glu(*arguments))
-            for ours, cpu in zip(ops.linear_glu_quantize(*moved(device, *arguments)), ops.linear_glu_quantize(*arguments), strict=True):
+            for ours, cpu in zip(
+                ops.linear_glu_quantize(*moved(device, *arguments)), ops.linear_glu_quantize(*arguments), strict=True
+            ):
                 assert_equal(ours.cpu(), cpu)
 
 

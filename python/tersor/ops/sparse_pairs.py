@@ -34,7 +34,8 @@ def pack_pairs(weight: Tensor) -> Tensor:
     # The values first, then as many zeros as are needed, in order.
     place = torch.arange(4, device=weight.device) + 4 * (groups == 0)
     places = place.argsort(-1)[..., :2].sort(-1).values
-    # Lane 4g + t holds rows g and g + 8, groups 2t and 2t + 1 of either half; its places are those of row g + 8 (t mod 2), half t / 2.
+    # Lane 4g + t holds rows g and g + 8, groups 2t and 2t + 1 of either half; its places are those of row g + 8 (t mod 2), half
+    # t / 2.
     values = groups.gather(-1, places).reshape(nt, 2, 8, kb, 2, 4, 2, 2)  # tile, r / 8, g, block, half, t, group mod 2, value
     values = values.permute(0, 3, 2, 5, 4, 1, 6, 7).reshape(nt, kb, _VALUE_BYTES).view(torch.uint8)
     nibbles = (places[..., 0] + 4 * places[..., 1]).to(torch.uint8).reshape(nt, 2, 8, kb, 2, 4, 2)  # ..., half, byte, nibble

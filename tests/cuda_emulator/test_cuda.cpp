@@ -133,21 +133,19 @@ TERSOR_TEST(cuda_plan) {
 }
 
 // What docs/cuda.md says of shared memory, in bytes. A multiprocessor of sm_80 has 164 KiB, of which a block takes 1 for itself.
-template <typename P, typename S>
-void check_shared(const char* name, int bytes) {
-  CHECK(cuda::Layout<P, S>::kSharedBytes == bytes, "%s takes %d bytes, expected %d", name, cuda::Layout<P, S>::kSharedBytes, bytes);
-  CHECK((bytes + 1024) * 2 <= 164 * 1024, "%s: two blocks do not fit", name);
+void check_shared(const char* name, int bytes, int expected, int blocks, int kib) {
+  set_case("shared memory of %s", name);
+  CHECK(bytes == expected, "%d bytes, expected %d", bytes, expected);
+  CHECK((bytes + 1024) * blocks <= kib * 1024, "%d blocks do not fit %d KiB", blocks, kib);
 }
 TERSOR_TEST(cuda_shared_memory) {
-  using namespace cuda;
-  set_case("shared memory");
-  check_shared<Codes<8, false>, Large>("large", 69632);
-  check_shared<Codes<8, false>, Medium>("medium", 49152);
-  check_shared<Codes<4, true>, Medium>("medium, groups", 34816);
-  check_shared<Codes<8, false>, Small>("small", 55296);
-  check_shared<Signs, Large>("signs", 69632);
-  CHECK(SparseLayout<64>::kSharedBytes == 36864 && SparseLayout<16>::kSharedBytes == 24576, "2:4");
-  CHECK((Layout<Codes<8, false>, Medium>::kSharedBytes + 1024) * 2 <= 100 * 1024, "two of medium in the 100 KiB of sm_89 and 120");
+  check_shared("large", cuda::Layout<cuda::Codes<8, false>, cuda::Large>::kSharedBytes, 69632, 2, 164);
+  check_shared("medium", cuda::Layout<cuda::Codes<8, false>, cuda::Medium>::kSharedBytes, 49152, 3, 164);
+  check_shared("medium on sm_89", cuda::Layout<cuda::Codes<8, false>, cuda::Medium>::kSharedBytes, 49152, 2, 100);
+  check_shared("medium, groups", cuda::Layout<cuda::Codes<4, true>, cuda::Medium>::kSharedBytes, 34816, 2, 100);
+  check_shared("small", cuda::Layout<cuda::Codes<8, false>, cuda::Small>::kSharedBytes, 55296, 2, 164);
+  check_shared("2:4 medium", cuda::SparseLayout<64>::kSharedBytes, 36864, 2, 100);
+  check_shared("2:4 small", cuda::SparseLayout<16>::kSharedBytes, 24576, 3, 100);
 }
 
 // 16-byte loads of shared memory meet every bank once, as the layouts in gemm_int.cuh promise.

@@ -20,7 +20,7 @@ bool same_float(const void* a, const void* b, Dtype dtype, int64_t i) {
   return x == y || (std::isnan(x) && std::isnan(y));
 }
 
-// y of the call against what the CPU kernels give for the same layer.
+// y of the call against what the CPU kernels give for the same layer, on the same residual.
 void check_layer(Emulated& e, cuda::LinearCall c, const cuda::Plan& plan, LinearWeights w) {
   const int64_t columns = c.glu ? c.N / 2 : c.N, bytes = dtype_bytes(c.y_dtype);
   Canvas y(c.M, columns * bytes, c.ldy * bytes), want(c.M, columns * bytes, columns * bytes);
@@ -29,7 +29,7 @@ void check_layer(Emulated& e, cuda::LinearCall c, const cuda::Plan& plan, Linear
   if (!CHECK(error.empty(), "%s", error.c_str())) return;
   CHECK(y.intact(), "writes outside y");
   w.glu = c.glu;
-  Output out{want.at(), c.y_dtype};
+  const Output out{want.at(), c.y_dtype, c.residual, c.ld_residual};
   const char* failed = linear_s8(runnable().front().table, c.M, e.x.args(), w, out);
   CHECK(failed == nullptr, "%s", failed);
   for (int64_t m = 0; m < c.M; ++m) {
@@ -62,6 +62,25 @@ TERSOR_TEST(cuda_every_epilogue) {
           check_layer(e, e.call(nullptr, e.w.N + i % 3, dtype, a, bias, false), plan, e.w.args(a, bias));
         }
       }
+    }
+  }
+}
+
+TERSOR_TEST(cuda_residual) {
+  Random random(options.seed);
+  int64_t i = 0;
+  for (int64_t M : kRowCounts) {
+    for (Dtype dtype : kFloatDtypes) {
+      const int64_t N = i % 2 ? 33 : 48;
+      Emulated e(M, N, 97, kWidths[i % 4], random);
+      const FloatRows residual(M, N, dtype, N + i % 3, 1, [&](int64_t, int64_t) { return 5 * random.normal(); });
+      machine.schedule = kSchedules[i++ % 5];
+      const Activation a = kActivations[i % 5];
+      set_case("residual w%d M=%lld N=%lld %s %s", e.w.bits, ll(M), ll(N), dtype_name(dtype), activation_name(a));
+      cuda::LinearCall c = e.call(nullptr, N, dtype, a, true, false);
+      c.residual = residual.origin;
+      c.ld_residual = residual.stride_m;
+      check_layer(e, c, cuda::plan({80, 2}, M, N, 97, c.width, false, false), e.w.args(a, true));
     }
   }
 }

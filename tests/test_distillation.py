@@ -37,8 +37,8 @@ def test_every_loss_brings_the_student_closer(loss):
     got, want = student(), teacher()
     before = agreement(got, want)
     kept = [p.clone() for p in want.parameters()]
-    assert tersor.distill(got, want, data(), steps=150, loss=loss) is got
-    assert agreement(got, want) >= max(0.8, before + 0.2)
+    assert tersor.distill(got, want, data(), steps=400, loss=loss) is got
+    assert agreement(got, want) >= 0.75 >= before + 0.4
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(kept, want.parameters(), strict=True))
 
 
@@ -59,18 +59,17 @@ def test_features_of_another_width_agree_through_a_map():
         return ((mine @ torch.linalg.lstsq(mine, theirs).solution - theirs).norm() / theirs.norm()).item()
 
     want = teacher()
-    plain = tersor.distill(student(), want, data(), steps=200)
-    guided = tersor.distill(student(), want, data(), steps=200, features={"2": "1"}, feature_weight=10.0)
-    assert gap(guided) <= 0.9 * gap(plain)
+    guided = tersor.distill(student(), want, data(), steps=400, loss=lambda a, b: 0 * a.sum(), features={"2": "1"})
+    assert gap(guided) <= 0.8 * gap(student())
     assert not any(module._forward_hooks for net in (guided, want) for module in net.modules())
 
 
 def test_target_loss_and_weight():
     labels = torch.arange(64) % 5
     pairs = [(x, labels) for x in data(1)]
-    alone = tersor.distill(student(), teacher(), pairs, steps=300, target_loss=nn.functional.cross_entropy, target_weight=1.0)
+    alone = tersor.distill(student(), teacher(), pairs, steps=600, target_loss=nn.functional.cross_entropy, target_weight=1.0)
     alone.eval()
-    assert (alone(pairs[0][0]).argmax(1) == labels).double().mean() >= 0.9  # labels that have nothing to do with the teacher
+    assert (alone(pairs[0][0]).argmax(1) == labels).double().mean() >= 0.8  # labels that have nothing to do with the teacher
     with pytest.raises(TypeError, match="expected pairs"):
         tersor.distill(student(), teacher(), data(), steps=1, target_loss=nn.functional.cross_entropy)
 
@@ -114,18 +113,18 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 def test_a_ternary_student():
     net = train.qat_(student(), tersor.Ternary())
-    tersor.distill(net, teacher(), data(), steps=200)
+    tersor.distill(net, teacher(), data(), steps=400)
     packed = train.convert_(net)
-    assert agreement(packed, teacher()) >= 0.75
+    assert agreement(packed, teacher()) >= 0.65
 
 
 def test_a_pruned_student_keeps_its_zeros():
     net = student()
     pruner = tersor.prune_(net, tersor.Unstructured(0.8), schedule=tersor.CubicSchedule(end=60, every=10))
-    tersor.distill(net, teacher(), data(), steps=150, callbacks=[lambda _: pruner.step()])
+    tersor.distill(net, teacher(), data(), steps=400, callbacks=[lambda _: pruner.step()])
     tersor.finalize_(net)
     assert (net[0].weight == 0).double().mean() >= 0.79
-    assert agreement(net, teacher()) >= 0.6
+    assert agreement(net, teacher()) >= 0.65
 
 
 def test_modes_come_back_and_a_teacher_may_be_a_function():

@@ -34,7 +34,7 @@ def test_closer_than_rounding_to_nearest(fmt):
     net = model()
     plain = tersor.quantize_(copy.deepcopy(net), fmt)
     rounded = tersor.gptq_(copy.deepcopy(net), fmt, inputs(2))
-    assert error(rounded, net, inputs(3)) <= 0.8 * error(plain, net, inputs(3))
+    assert error(rounded, net, inputs(3)) <= 0.85 * error(plain, net, inputs(3))
     for i in (0, 2, 4):
         assert rounded[i].format == fmt
         assert torch.equal(rounded[i].weight_scale, plain[i].weight_scale)

@@ -91,7 +91,11 @@ def test_rows_far_larger_than_the_rest_are_warned_of(caplog):
     x[3] *= 1000
     with caplog.at_level(logging.WARNING, "tersor"):
         tersor.calibrate(model(), {"0": tersor.Int8Static()}, x, observer="minmax")
-    assert "too coarse for 1 layers" in caplog.text and "0 (code" in caplog.text
+    assert "cannot do for 1 layers, it is so coarse" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tersor"):
+        tersor.calibrate(model(), {"0": tersor.Int8Static()}, x, observer=Percentile(99))
+    assert "cannot do for 1 layers, it is so fine" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "tersor"):
         tersor.calibrate(model(), tersor.Int8Static(), torch.randn(200, 32), observer="minmax")

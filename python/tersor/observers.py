@@ -54,6 +54,12 @@ class Magnitudes:
         clipping = (values - CODES * steps).clamp(min=0).square()
         return ((rounding + clipping) * counts).sum(1)
 
+    def relative_error(self, scale: float) -> float:
+        """squared_error over the sum of x**2."""
+        used = self.counts.nonzero().squeeze(1)
+        total = (_edges(used, 0.5).double().square() * self.counts[used]).sum()
+        return (self.squared_error(torch.tensor([scale])) / total.clamp(min=1e-300)).item()
+
 
 def _histogram(magnitudes: Tensor) -> Tensor:
     bins = (magnitudes.contiguous().view(torch.int32) >> _SHIFT).flatten()

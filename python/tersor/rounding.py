@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Trace, batches, evaluating
+from .calibration import Trace, batches, evaluating, watched
 from .formats import Binary, Format, Int4, Ternary
 from .nn import QuantLinear, has_values
 from .pruning_scores import COLUMNS, Hessian, at_least_float32, inverse_factor, replace_columns_
@@ -98,45 +98,44 @@ def _swap(places: list[Place], hessian: Hessian | None) -> None:
 
 
 def correct_bias_(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.Module:
-    """Gives every QuantLinear of `model` a bias with which the mean of its outputs on the inputs is that of the float model's layer;
-    in place, returns the model. Source: Nagel et al., arXiv:1906.04721, section 4.2.
+    """Adds to the bias of every QuantLinear of `model` what rounding its weight takes from the mean of its outputs, (W - W_hat) E[x];
+    in place, returns the model. Source: Nagel et al., arXiv:1906.04721, section 4.2, with E[x] measured.
 
     reference  the float model: an nn.Linear under the name of every QuantLinear
-    inputs     what both models are called with, as in calibrate
+    inputs     what the float model is called with, as in calibrate; it runs once
 
-    Layers go in the order of their calls, each after those before it are corrected. Those without a bias get one: a new parameter,
-    which a float model must have too before load_ can fill it. Raises ValueError, the model untouched, where the two do not fit.
+    A layer without a bias gets one: a new parameter. What saturated activations lose is left alone: few rows lose it, and a bias would
+    move all the others. Raises ValueError, the model untouched, where the two models do not fit or a layer is never called.
     """
     layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("correct_bias_: model holds no QuantLinear")
-    names = {module: fqn for fqn, module in reference.named_modules() if fqn in layers}
+    others = dict(reference.named_modules())
     for fqn, layer in layers.items():
-        other = next((module for module, name in names.items() if name == fqn), None)
+        other = others.get(fqn)
         if not isinstance(other, nn.Linear) or other.weight.shape != (layer.out_features, layer.in_features):
             found = "nothing" if other is None else str(other)
             raise ValueError(f"correct_bias_: reference has {found} at {fqn}, expected the nn.Linear that it was made from")
-    calls = batches(inputs, "correct_bias_: inputs")
-    wanted: dict[str, _Mean] = {fqn: _Mean() for fqn in layers}
-    with evaluating(reference):
-        floats = [module for module in names if isinstance(module, nn.Linear)]
-        Trace(reference, floats, calls).run(floats, lambda layer, x: wanted[names[layer]].add(x))
-        want = {names[layer]: wanted[names[layer]].of(layer) for layer in floats if wanted[names[layer]].rows}
-    by_layer = {layer: fqn for fqn, layer in layers.items()}
-    with evaluating(model):
-        trace = Trace(model, list(by_layer), calls)
-        for group in trace.order:
-            got = {layer: _Mean() for layer in group}
-            # forward itself: a call of the layer would be shown to us again.
-            trace.run(group, lambda layer, x, got=got: got[layer].add(layer.forward(x)))
-            for layer in group:
-                assert isinstance(layer, QuantLinear)
-                _shift(layer, want[by_layer[layer]] - got[layer].value())
+    means = {others[fqn]: _Mean() for fqn in layers}
+    with evaluating(reference), watched(means, lambda layer, x: means[layer].add(x)):
+        for args, kwargs in batches(inputs, "correct_bias_: inputs"):
+            reference(*args, **kwargs)
+    if missed := [fqn for fqn in layers if not means[others[fqn]].rows]:
+        raise ValueError(f"correct_bias_: inputs never reach {some(missed)}")
+    with torch.no_grad():
+        for fqn, layer in layers.items():
+            weight: Tensor = others[fqn].weight.detach() - layer.dequantize().weight  # type: ignore[union-attr,operator]
+            by = weight.double() @ means[others[fqn]].value()
+            bias = layer._parameters["bias"]
+            # A new parameter: the old one may be the float model's own.
+            shifted = by if bias is None else bias.detach().double() + by
+            dtype = layer.weight.dtype if bias is None else bias.dtype
+            layer.bias = nn.Parameter(shifted.to(dtype), requires_grad=bias is not None and bias.requires_grad)
     return model
 
 
 class _Mean:
-    """Mean of rows, float64."""
+    """Mean of rows, float64 [K]."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -144,21 +143,8 @@ class _Mean:
 
     def add(self, x: Tensor) -> None:
         self.total = self.total + x.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64)
-        self.rows += x.numel() // x.shape[-1]
+        self.rows += x.numel() // max(1, x.shape[-1])
 
     def value(self) -> Tensor:
         assert isinstance(self.total, Tensor)
         return self.total / self.rows
-
-    def of(self, linear: nn.Linear) -> Tensor:
-        """The mean of linear's outputs, by that of its inputs."""
-        y = linear.weight.double() @ self.value()
-        return y if linear.bias is None else y + linear.bias.double()
-
-
-def _shift(layer: QuantLinear, by: Tensor) -> None:
-    bias = layer._parameters["bias"]
-    dtype = layer.weight.dtype if bias is None else bias.dtype
-    # A new parameter: the old one may be the float model's own.
-    shifted = by if bias is None else bias.detach().double() + by
-    layer.bias = nn.Parameter(shifted.to(dtype), requires_grad=bias is not None and bias.requires_grad)

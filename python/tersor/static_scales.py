@@ -17,6 +17,8 @@ from .swap import Config
 # A typical row should reach this code at least: with fewer than 4 bits of magnitude its rounding error is above 3 % of its absmax.
 # Layers of MiniLM reach 40 and more, the down_proj of SmolLM2 that double its perplexity 0 to 12 (bench/smollm_accuracy.py).
 _FEW_CODES = 16
+# Of the sum of x**2 that a scale may lose. Rounding alone loses 0.01 %; where it is more, whole rows have saturated.
+_LOST = 0.05
 
 
 def calibrate(
@@ -50,7 +52,8 @@ def calibrate(
             for args, kwargs in batches(inputs, "calibrate: inputs"):
                 model(*args, **kwargs)
     found: dict[str, Format] = {}
-    coarse = []
+    coarse: list[str] = []
+    clipped: list[str] = []
     for fqn, (layer, fmt) in chosen.items():
         found[fqn] = fmt
         if not isinstance(fmt, Int8Static) or fmt.input_scale is not None:
@@ -60,14 +63,19 @@ def calibrate(
             what = "never reach it" if not magnitudes.counts.any() else f"are at most {magnitudes.largest} there"
             raise ValueError(f"calibrate: {fqn}: inputs {what}, so there is no scale; give Int8Static(input_scale) or leave it out")
         found[fqn] = dataclasses.replace(fmt, input_scale=kind.scale(magnitudes))
-        reached = magnitudes.typical_row() / found[fqn].input_scale  # type: ignore[attr-defined]
-        if reached < _FEW_CODES:
-            coarse.append(f"{fqn} (code {reached:.0f})")
-    if coarse:
-        logger.warning(
-            "tersor: calibrate: one scale is too coarse for %d layers, whose typical row reaches only a small part of 127 codes; "
-            "use Int8Dynamic for them, or smooth_ the model first: %s",
-            len(coarse),
-            some(coarse),
-        )
+        if magnitudes.typical_row() < _FEW_CODES * found[fqn].input_scale:  # type: ignore[attr-defined]
+            coarse.append(fqn)
+        elif magnitudes.relative_error(found[fqn].input_scale) > _LOST:  # type: ignore[attr-defined]
+            clipped.append(fqn)
+    for names, what in (
+        (coarse, f"so coarse that a typical row reaches less than {_FEW_CODES} of 127 codes"),
+        (clipped, f"so fine that more than {_LOST:.0%} of what is squared and summed is lost where large values saturate"),
+    ):
+        if names:
+            logger.warning(
+                "tersor: calibrate: one scale cannot do for %d layers, it is %s; use Int8Dynamic for them, or smooth_ the model first: %s",
+                len(names),
+                what,
+                some(names),
+            )
     return found

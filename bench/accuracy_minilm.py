@@ -37,9 +37,7 @@ def variants(fp32: nn.Module, calls: list[Any]) -> dict[str, Callable[[], nn.Mod
 
     def pruned() -> nn.Module:
         model = copy.deepcopy(fp32)
-        tersor.prune_(
-            model, {"_default": tersor.Unstructured(0.5), "pooler.dense": None}, score="sparsegpt", calibration=calls
-        )
+        tersor.prune_(model, {"_default": tersor.Unstructured(0.5), "pooler.dense": None}, score="sparsegpt", calibration=calls)
         return tersor.quantize_(tersor.finalize_(model), tersor.SparseInt8())
 
     def static() -> nn.Module:

@@ -2,8 +2,8 @@
 
 python bench/accuracy_smollm.py [--short]
 
-The model's weights were 4-bit (Q4_1) before transformers made them float again: figures show what int8 adds, not the original model,
-and int4 figures would mean little. The lm_head, tied to the embedding, stays float.
+The model's weights were 4-bit (Q4_1) before transformers made them float again: figures show what int8 adds, not the original
+model, and int4 figures would mean little. The lm_head, tied to the embedding, stays float.
 """
 
 from __future__ import annotations

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 LABELS, STEPS, TEACHER_STEPS, HIDDEN, TEMPERATURE = 1000, 400, 400, 256, 2.0
 WIDTHS = (0.5, 0.25, 0.125)
-TEACHER, ALONE, HARD, SOFT = "teacher, all labels", "1000 labels alone", "hard answers of the teacher", "soft answers of the teacher"
+TEACHER, ALONE, HARD, SOFT = (
+    "teacher, all labels",
+    "1000 labels alone",
+    "hard answers of the teacher",
+    "soft answers of the teacher",
+)
 TERNARY, TERNARY_SOFT = "ternary student, hard answers", "ternary student, soft answers"
 SHRUNK = {width: f"shrunk to {width:g} of its width, untrained" for width in WIDTHS}
 NAMES = (TEACHER, ALONE, HARD, SOFT, TERNARY, TERNARY_SOFT, *SHRUNK.values())

@@ -1,7 +1,7 @@
 """Glosses of WordNet 3.0 as a retrieval task: which noun does a definition mean?
 
-The noun database comes from Debian's wordnet-base: `make data` unpacks it into build/data. Query: the definition of a synset, without
-its examples; document: the names of the synset. Both are real English of 3 to 60 words, in any number wanted.
+The noun database comes from Debian's wordnet-base: `make data` unpacks it into build/data. Query: the definition of a synset,
+without its examples; document: the names of the synset. Both are real English of 3 to 60 words, in any number wanted.
 """
 
 from __future__ import annotations

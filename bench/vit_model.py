@@ -72,7 +72,9 @@ def batches(data: Split, steps: int, seed: int, batch: int = BATCH) -> list[tupl
     return Batches()
 
 
-def train(model: nn.Module, data: Split, steps: int, seed: int, decay: float = DECAY, on_step: Callable[[int], None] | None = None) -> None:
+def train(
+    model: nn.Module, data: Split, steps: int, seed: int, decay: float = DECAY, on_step: Callable[[int], None] | None = None
+) -> None:
     """AdamW with warm-up and linear decay to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=decay)
     warm = min(WARM_UP, steps // 4 + 1)

@@ -66,7 +66,9 @@ def test_config_is_ready_for_quantize():
     net, x = model(), torch.randn(256, 32)
     config = tersor.calibrate(net, tersor.Int8Static(), [x[:100], x[100:]], observer="minmax")
     inner = net[1](net[0](x))
-    assert [fmt.input_scale for fmt in config.values()] == pytest.approx([x.abs().max().item() / 127, inner.abs().max().item() / 127])
+    assert [fmt.input_scale for fmt in config.values()] == pytest.approx(
+        [x.abs().max().item() / 127, inner.abs().max().item() / 127]
+    )
     packed = tersor.quantize_(model(), config)
     assert (packed(x) - net(x)).norm() <= 0.02 * net(x).norm()
 

@@ -29,7 +29,9 @@ def error(got: nn.Module, want: nn.Module, x: torch.Tensor) -> float:
     return ((got(x) - want(x)).norm() / want(x).norm()).item()
 
 
-@pytest.mark.parametrize("fmt", [tersor.Int4(), tersor.Int4(32), tersor.Ternary(), tersor.Ternary("tensor"), tersor.Binary()], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [tersor.Int4(), tersor.Int4(32), tersor.Ternary(), tersor.Ternary("tensor"), tersor.Binary()], ids=str
+)
 def test_closer_than_rounding_to_nearest(fmt):
     net = model()
     plain = tersor.quantize_(copy.deepcopy(net), fmt)

@@ -21,7 +21,11 @@ def mlp() -> nn.Module:
 class Block(nn.Module):
     def __init__(self, gain: float) -> None:
         super().__init__()
-        self.norm, self.gate_proj, self.up_proj, self.down_proj = nn.LayerNorm(16), *(nn.Linear(16, 32) for _ in "ab"), nn.Linear(32, 16)
+        self.norm, self.gate_proj, self.up_proj, self.down_proj = (
+            nn.LayerNorm(16),
+            *(nn.Linear(16, 32) for _ in "ab"),
+            nn.Linear(32, 16),
+        )
         self.gain = gain
 
     def forward(self, x):
@@ -92,7 +96,7 @@ def test_blocks_that_change_least_go_first():
     assert relative(student(x), net(x)) <= 0.05
     assert [layer.gain for layer in tersor.shrink(net, depth=0.6).layers] == [1.0, 2.0, 1.0]  # evenly spaced
     assert [layer.gain for layer in tersor.shrink(net, depth=2).layers] == [1.0, 1.0]
-    assert list(student.state_dict())[0].startswith("layers.0.") and len(net.layers) == 5
+    assert next(iter(student.state_dict())).startswith("layers.0.") and len(net.layers) == 5
 
 
 def test_transformer_encoders_know_their_depth():

@@ -130,8 +130,8 @@ class Trace:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """What a model's output is compared by: the tensor itself, or the first one in a tuple, a dict or an output class of transformers
-    (the logits, or the last hidden state). Raises TypeError where there is none."""
+    """What a model's output is compared by: the tensor itself, or the first one in a tuple, a dict or an output class of
+    transformers (the logits, or the last hidden state). Raises TypeError where there is none."""
     found = _first_tensor(output)
     if found is None:
         raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")

@@ -71,9 +71,9 @@ def distill(
 ) -> nn.Module:
     """Trains `student`, in place, on what `teacher` answers to the same inputs, and returns it.
 
-    student, teacher  any modules; of their outputs the first tensor counts (logits, or the last hidden state). QAT layers (train.qat_)
-                      and masks of prune_ train as ever. The teacher runs in eval mode without gradients; it may be any callable, one
-                      that looks up answers that are known already, say.
+    student, teacher  any modules; of their outputs the first tensor counts (logits, or the last hidden state). QAT layers
+                      (train.qat_) and masks of prune_ train as ever. The teacher runs in eval mode without gradients; it may be
+                      any callable, one that looks up answers that are known already, say.
     data      an iterable, gone through again and again: of inputs (a tensor, a tuple of arguments, a dict of keywords), or with
               target_loss of pairs (inputs, target)
     steps     batches in all, those before a resumed checkpoint included
@@ -133,7 +133,9 @@ def distill(
                 want = first_tensor(_call(teacher, call))
             got = first_tensor(_call(student, call))
             if not callable(loss) and got.shape != want.shape:
-                raise ValueError(f"distill: student returns {list(got.shape)}, teacher {list(want.shape)}; loss {loss!r} needs the same")
+                raise ValueError(
+                    f"distill: student returns {list(got.shape)}, teacher {list(want.shape)}; loss {loss!r} needs the same"
+                )
             total = soft(got, want)
             if target_loss is not None:
                 total = target_weight * target_loss(got, target) + (1 - target_weight) * total
@@ -164,7 +166,9 @@ def _split(item: Any, with_target: bool) -> tuple[tuple[tuple[Any, ...], dict[st
     target = None
     if with_target:
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise TypeError(f"distill: data yields {type(item).__name__}, expected pairs (inputs, target), as there is a target_loss")
+            raise TypeError(
+                f"distill: data yields {type(item).__name__}, expected pairs (inputs, target), as there is a target_loss"
+            )
         item, target = item
     return batches([item], "distill: data")[0], target
 
@@ -234,7 +238,9 @@ class _FeaturePairs:
         for own, other in self.names:
             a, b = self.seen["student", own], self.seen["teacher", other]
             if a.shape[:-1] != b.shape[:-1]:
-                raise ValueError(f"distill: features {own!r} {list(a.shape)} and {other!r} {list(b.shape)} may differ in the last dim only")
+                raise ValueError(
+                    f"distill: features {own!r} {list(a.shape)} and {other!r} {list(b.shape)} may differ in the last dim only"
+                )
             same = a.shape[-1] == b.shape[-1]
             self.maps.append(nn.Identity() if same else nn.Linear(a.shape[-1], b.shape[-1], device=a.device))
 

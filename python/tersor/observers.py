@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# A value counts in the bin of its upper 16 bits as float32: sign, exponent and 7 bits of mantissa, so a bin is 0.4 to 0.8 % wide, no
-# range has to be known beforehand, and the memory does not grow with the data.
+# A value counts in the bin of its upper 16 bits as float32: sign, exponent and 7 bits of mantissa, so a bin is 0.4 to 0.8 % wide,
+# no range has to be known beforehand, and the memory does not grow with the data.
 _SHIFT, _BINS = 16, 1 << 15
 CODES = 127  # on either side of 0
 

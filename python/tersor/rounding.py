@@ -19,18 +19,18 @@ ROUNDED = (Int4, Ternary, Binary)
 
 
 def gptq_(model: nn.Module, config: Config, inputs: Any, filter_fn: Filter | None = None, *, progress: bool = False) -> nn.Module:
-    """quantize_ with GPTQ rounding for Int4, Ternary and Binary layers: each weight is rounded so that those after it make up for its
-    error on the inputs which the layer is given (arXiv:2210.17323). In place; returns the model.
+    """quantize_ with GPTQ rounding for Int4, Ternary and Binary layers: each weight is rounded so that those after it make up for
+    its error on the inputs which the layer is given (arXiv:2210.17323). In place; returns the model.
 
     config, filter_fn  as in quantize_; layers in other formats are swapped as quantize_ does, in their turn
-    inputs    what the model is called with: a tensor, a tuple of arguments, a dict of keywords, or an iterable of those; ten thousand
-              rows for each layer are enough
+    inputs    what the model is called with: a tensor, a tuple of arguments, a dict of keywords, or an iterable of those; ten
+              thousand rows for each layer are enough
     progress  a progress bar on stderr
 
-    Layers go in the order in which the model calls them, each on what the packed layers before it pass on, so the model runs once for
-    each group of layers with the same input, up to there. What comes on top of the model is the matrix of one layer at a time, about
-    20 K**2 bytes, and its weight in float32. Steps are those of quantize_. Raises ValueError, the model untouched, where quantize_
-    would, where a layer is never called, or one is given NaN or inf.
+    Layers go in the order in which the model calls them, each on what the packed layers before it pass on, so the model runs once
+    for each group of layers with the same input, up to there. What comes on top of the model is the matrix of one layer at a time,
+    about 20 K**2 bytes, and its weight in float32. Steps are those of quantize_. Raises ValueError, the model untouched, where
+    quantize_ would, where a layer is never called, or one is given NaN or inf.
     """
     places = plan(model, config, filter_fn, "gptq_")
     shared: dict[int, list[Place]] = {}  # the places of one weight, by its id; the layers of the trace keep it alive
@@ -61,8 +61,8 @@ def gptq(weight: Tensor, hessian: Tensor, fmt: Format) -> tuple[Tensor, dict[str
 
     hessian  float32 [K, K], mean of x x^T
 
-    Columns go in the order of their mean square, the largest first, and groups keep the steps that the weight itself asks for, so that
-    any order finds them.
+    Columns go in the order of their mean square, the largest first, and groups keep the steps that the weight itself asks for, so
+    that any order finds them.
     """
     n, k = weight.shape
     scales = fmt.scales(weight)
@@ -98,14 +98,14 @@ def _swap(places: list[Place], hessian: Hessian | None) -> None:
 
 
 def correct_bias_(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.Module:
-    """Adds to the bias of every QuantLinear of `model` what rounding its weight takes from the mean of its outputs, (W - W_hat) E[x];
-    in place, returns the model. Source: Nagel et al., arXiv:1906.04721, section 4.2, with E[x] measured.
+    """Adds to the bias of every QuantLinear of `model` what rounding its weight takes from the mean of its outputs, (W - W_hat)
+    E[x]; in place, returns the model. Source: Nagel et al., arXiv:1906.04721, section 4.2, with E[x] measured.
 
     reference  the float model: an nn.Linear under the name of every QuantLinear
     inputs     what the float model is called with, as in calibrate; it runs once
 
-    A layer without a bias gets one: a new parameter. What saturated activations lose is left alone: few rows lose it, and a bias would
-    move all the others. Raises ValueError, the model untouched, where the two models do not fit or a layer is never called.
+    A layer without a bias gets one: a new parameter. What saturated activations lose is left alone: few rows lose it, and a bias
+    would move all the others. Raises ValueError, the model untouched, where the two models do not fit or a layer is never called.
     """
     layers = {fqn: module for fqn, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .calibration import Batch, Trace, batches, evaluating, first_tensor, logger
 from .pruning_scores import DAMPING, Hessian
 
-# Linear layers between which nothing mixes units, by the ends of their names: sources, then the layer that reads them. Neighbours in an
-# nn.Sequential are found by themselves, with what stands between. Every cut is tried before it is believed.
+# Linear layers between which nothing mixes units, by the ends of their names: sources, then the layer that reads them. Neighbours
+# in an nn.Sequential are found by themselves, with what stands between. Every cut is tried before it is believed.
 CHAINS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("w1", "w3"), "w2"),
@@ -24,15 +24,17 @@ CHAINS = (
 )
 
 
-def shrink(model: nn.Module, *, depth: int | float | None = None, width: int | float | None = None, inputs: Any = None) -> nn.Module:
+def shrink(
+    model: nn.Module, *, depth: int | float | None = None, width: int | float | None = None, inputs: Any = None
+) -> nn.Module:
     """A copy of `model` with fewer blocks, or with fewer units inside them; the model itself stays as it is.
 
-    depth   how many of the blocks stay, or which share of them: of each nn.ModuleList or nn.Sequential of modules of one type (encoder
-            layers, say). The first and the last stay, the others evenly spaced; with inputs those stay that change their input most
-            (1 - cosine, arXiv:2403.03853).
+    depth   how many of the blocks stay, or which share of them: of each nn.ModuleList or nn.Sequential of modules of one type
+            (encoder layers, say). The first and the last stay, the others evenly spaced; with inputs those stay that change their
+            input most (1 - cosine, arXiv:2403.03853).
     width   which share of the units between two linear layers stays, or how many: of an MLP, or the inner layer of a transformer
-            block. What blocks hand on to each other keeps its size. Needs inputs: units that contribute most stay, and the layer after
-            them is fitted, by least squares, to make up for the others.
+            block. What blocks hand on to each other keeps its size. Needs inputs: units that contribute most stay, and the layer
+            after them is fitted, by least squares, to make up for the others.
     inputs  what the model is called with: a tensor, a tuple of arguments, a dict of keywords, or an iterable of those
 
     Train the student with distill. Raises ValueError where there are no such blocks or layers, or a cut would change what it should
@@ -69,9 +71,9 @@ def _drop_blocks(model: nn.Module, depth: int | float, calls: list[Batch] | None
     stacks = {fqn: m for fqn, m in stacks.items() if not any(fqn.startswith(f"{other}.") for other in stacks if other)}
     if not stacks:
         raise ValueError("shrink: the model has no nn.ModuleList or nn.Sequential of blocks of one type; depth cannot apply")
-    influence = None if calls is None else _influence(model, [block for m in stacks.values() for block in m], calls)
+    influence = None if calls is None else _influence(model, [block for m in stacks.values() for block in m.children()], calls)
     for fqn, stack in stacks.items():
-        blocks = list(stack)  # type: ignore[call-overload]
+        blocks = list(stack.children())
         count = _count(depth, len(blocks), "depth")
         if influence is None:
             kept = sorted({round(i * (len(blocks) - 1) / max(1, count - 1)) for i in range(count)})
@@ -85,7 +87,7 @@ def _drop_blocks(model: nn.Module, depth: int | float, calls: list[Batch] | None
             stack._modules[str(i)] = blocks[at]
             for module in blocks[at].modules():
                 if isinstance(getattr(module, "layer_idx", None), int):  # where a layer of transformers keeps its cache
-                    module.layer_idx = i  # type: ignore[assignment]
+                    module.layer_idx = i
         _tell_config(model, len(blocks), count)
 
 
@@ -180,10 +182,7 @@ def _narrow(model: nn.Module, width: int | float, calls: list[Batch]) -> None:
     if not trace.finite:
         raise ValueError("shrink: a layer is given NaN or inf on the inputs")
     for chain in order:
-        statistics = Hessian()
-        # With a constant beside the features, so that the fit moves the bias too.
-        trace.run([chain.reader], lambda _, x, seen=statistics: seen.add(_with_ones(x)))
-        second = statistics.value().double()
+        second = _second_moments(trace, chain.reader)
         reader = chain.reader.weight.detach().double()
         k = reader.shape[1]
         count = _count(width, k, "width")
@@ -203,12 +202,17 @@ def _narrow(model: nn.Module, width: int | float, calls: list[Batch]) -> None:
             raise ValueError(f"shrink: {chain.fqn} cannot be narrowed: the model needs its size ({error})") from None
         bound = 1e-3 * before.abs().max()  # other sums in another order; units that are not independent show by far more
         if not bool(((after - before).abs() <= bound).all()):
-            raise ValueError(f"shrink: the units that {chain.fqn} reads depend on each other or are read elsewhere; width cannot apply")
+            raise ValueError(
+                f"shrink: the units that {chain.fqn} reads depend on each other or are read elsewhere; width cannot apply"
+            )
         chain.narrow_reader(weight, shift)
 
 
-def _with_ones(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+def _second_moments(trace: Trace, reader: nn.Module) -> Tensor:
+    """Mean of x x^T, float64 [K + 1, K + 1], with a constant 1 beside the features, so that the fit moves the bias too."""
+    seen = Hessian()
+    trace.run([reader], lambda _, x: seen.add(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)))
+    return seen.value().double()
 
 
 def _fit(reader: Tensor, second: Tensor, kept: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
@@ -230,12 +234,12 @@ def _masked(model: nn.Module, chain: _Chain, kept: Tensor, call: Batch) -> Tenso
     whole = chain.reader.weight
     mask = torch.zeros(whole.shape[1], device=whole.device, dtype=whole.dtype)
     mask[kept] = 1
-    chain.reader._parameters["weight"] = nn.Parameter(whole.detach() * mask, requires_grad=False)
+    chain.reader.weight = nn.Parameter(whole.detach() * mask, requires_grad=False)
     try:
         args, kwargs = call
         return first_tensor(model(*args, **kwargs)).clone()
     finally:
-        chain.reader._parameters["weight"] = whole
+        chain.reader.weight = whole
 
 
 def _chains(model: nn.Module) -> list[_Chain]:

@@ -1,8 +1,8 @@
 """Moves the outliers of activations into the weights, where int8 per channel can hold them (SmoothQuant, arXiv:2211.10438).
 
-For a layer y = x W^T and any s > 0 per input channel, y = (x / s) (W s)^T: the next layers' columns take s, and whatever makes x takes
-1 / s. That is a norm before the layer, the up projection whose product with the gate the down projection reads, or the value
-projection of attention before its output projection.
+For a layer y = x W^T and any s > 0 per input channel, y = (x / s) (W s)^T: the next layers' columns take s, and whatever makes x
+takes 1 / s. That is a norm before the layer, the up projection whose product with the gate the down projection reads, or the
+value projection of attention before its output projection.
 
 s is rounded to a power of two: then every product and sum of the float model keeps its digits, and so does the whole model.
 """
@@ -89,13 +89,13 @@ def smooth_(
 
 
 def find_pairs(model: nn.Module, inputs: Any) -> list[Pair]:
-    """The pairs between which scales can move: each norm and the linear layers that alone read what it makes, and linear layers by the
-    names of LINEAR_PAIRS. Every one was tried: scaled by powers of two, the model gives the same bits on the first of `inputs`."""
+    """The pairs between which scales can move: each norm and the linear layers that alone read what it makes, and linear layers by
+    the names of LINEAR_PAIRS. Every one was tried: scaled by powers of two, the model gives the same on the first of `inputs`."""
     return [joint.pair for joint in _joints(model, batches(inputs, "find_pairs: inputs"), None)]
 
 
 class _Joint:
-    """A pair with its modules. channels: int64 [K], the output channel of the source that each input channel of the targets reads."""
+    """A pair with its modules. channels: int64 [K], the source's output channel that each input channel of the targets reads."""
 
     def __init__(self, model: nn.Module, pair: Pair, channels: Tensor) -> None:
         self.pair = pair
@@ -142,7 +142,8 @@ def _smooth(joint: _Joint, seen: _Seen, alphas: Sequence[float], forced: bool, f
     weights = [target.weight.float() for target in joint.targets]  # type: ignore[union-attr,operator]
     n = int(joint.channels.max()) + 1
     x_max = torch.zeros(n, device=seen.absmax.device).scatter_reduce_(0, joint.channels, seen.absmax, "amax")
-    w_max = torch.zeros_like(x_max).scatter_reduce_(0, joint.channels, torch.stack([w.abs().amax(0) for w in weights]).amax(0), "amax")
+    columns = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    w_max = torch.zeros_like(x_max).scatter_reduce_(0, joint.channels, columns, "amax")
     x = torch.cat(seen.rows)
     outputs = [x @ w.T for w in weights]
     best, least = None, torch.inf if forced else _error(x, weights, outputs, seen.absmax, fmt)
@@ -208,7 +209,7 @@ def _joints(model: nn.Module, calls: list[Batch], given: list[Pair] | None) -> l
     if dropped and given is not None:
         raise ValueError(f"smooth_: scales cannot move along {some(dropped)}: the outputs of the model would change")
     if dropped:
-        logger.info("tersor: smooth_: %d pairs are not independent of the rest and stay as they are: %s", len(dropped), some(dropped))
+        logger.info("tersor: smooth_: %d pairs stay, as others read what they share: %s", len(dropped), some(dropped))
     return [joint for joint in candidates if id(joint) in sound]
 
 
@@ -221,7 +222,7 @@ def _joint(model: nn.Module, names: dict[str, nn.Module], pair: Pair) -> _Joint:
             raise ValueError(f"smooth_: {fqn} is {type(names[fqn]).__name__}, expected nn.Linear")
     channels = _channels(names, pair)
     if not pair.targets or channels is None:
-        raise ValueError(f"smooth_: {pair} does not fit: the targets' in_features must be the source's channels, or a multiple of them")
+        raise ValueError(f"smooth_: {pair} does not fit: in_features must be the source's channels, or its heads repeated")
     return _Joint(model, pair, channels)
 
 
@@ -267,9 +268,7 @@ def _alone(module: nn.Module, holders: Counter[int]) -> bool:
     return weight is not None and has_values(weight) and all(holders[id(p)] == 1 for p in own)
 
 
-def _readers(
-    model: nn.Module, norms: dict[str, nn.Module], linears: dict[str, nn.Module], call: Batch
-) -> dict[str, list[str]]:
+def _readers(model: nn.Module, norms: dict[str, nn.Module], linears: dict[str, nn.Module], call: Batch) -> dict[str, list[str]]:
     """norm -> the linear layers whose input is the very tensor that it returns."""
     makers = {module: fqn for fqn, module in norms.items()}
     targets = {module: fqn for fqn, module in linears.items()}

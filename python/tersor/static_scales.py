@@ -34,15 +34,15 @@ def calibrate(
         config = tersor.calibrate(model, tersor.Int8Static(), batches)
         tersor.quantize_(model, config)
 
-    config     as in quantize_: {"_default": Int8Static(), "re:.*down_proj": Int8Dynamic()} keeps some layers dynamic. Scales that are
-               given already stay.
+    config     as in quantize_: {"_default": Int8Static(), "re:.*down_proj": Int8Dynamic()} keeps some layers dynamic. Scales that
+               are given already stay.
     inputs     what the model is called with: a tensor, a tuple of arguments, a dict of keywords, or an iterable of those
     filter_fn  as in quantize_
     observer   "minmax", "percentile" (99.99) or "mse", or one of tersor.observers
 
-    Returns {fqn: format} of all layers that config and filter_fn choose. Layers to which one scale does harm, because few rows are far
-    larger than the rest, are named in a warning: smooth_ them first, or leave them Int8Dynamic. The model runs in eval mode, once, and
-    gets its modes back. Raises ValueError where a layer is never called, or is given nothing but zeros, NaN or inf.
+    Returns {fqn: format} of all layers that config and filter_fn choose. Layers to which one scale does harm, because few rows are
+    far larger than the rest, are named in a warning: smooth_ them first, or leave them Int8Dynamic. The model runs in eval mode,
+    once, and gets its modes back. Raises ValueError where a layer is never called, or is given only zeros, or NaN or inf.
     """
     chosen = {spot.fqn: (spot.layer(), fmt) for spot, fmt in choose(model, Rules(config, Task("calibrate")), filter_fn)}
     kind = as_observer(observer, "calibrate")
@@ -73,7 +73,7 @@ def calibrate(
     ):
         if names:
             logger.warning(
-                "tersor: calibrate: one scale cannot do for %d layers, it is %s; use Int8Dynamic for them, or smooth_ the model first: %s",
+                "tersor: calibrate: one scale cannot do for %d layers, it is %s; use Int8Dynamic there, or smooth_ first: %s",
                 len(names),
                 what,
                 some(names),

@@ -23,6 +23,8 @@ from tersor.bench.timing import cap_peers, machine_name, torch_threads
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tersor.formats import Format
+
 WINDOW, WINDOWS = 512, 8
 CALIBRATION_BOOK = "Sense and Sensibility"
 FLOAT, DYNAMIC, SMOOTH, SIMULATION = "float32", "Int8Dynamic", "Int8Dynamic, smooth", "Int8Dynamic simulated in torch"
@@ -53,16 +55,16 @@ def perplexity(model: nn.Module, ids: Tensor) -> float:
 
 
 def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.Module]]:
-    """The models, each made when it is asked for: there is memory for one beside the float model and the smooth one."""
+    """The models, each made when it is asked for: there is memory for one beside the float model and the smooth ones."""
     import tersor
 
     seen = calls(calibration)
-    smooth: list[nn.Module] = []
+    smooth: dict[Format, nn.Module] = {}
 
-    def smoothed() -> nn.Module:
-        if not smooth:
-            smooth.append(tersor.smooth_(copy.deepcopy(fp32), seen))
-        return copy.deepcopy(smooth[0])
+    def smoothed(fmt: Format) -> nn.Module:
+        if fmt not in smooth:
+            smooth[fmt] = tersor.smooth_(copy.deepcopy(fp32), seen, format=fmt)
+        return copy.deepcopy(smooth[fmt])
 
     def static(model: nn.Module, config: Any) -> nn.Module:
         return tersor.quantize_(model, tersor.calibrate(model, config, seen, observer="minmax"))
@@ -80,10 +82,10 @@ def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.
         FLOAT: lambda: fp32,
         SIMULATION: simulated,
         DYNAMIC: lambda: tersor.quantize_(copy.deepcopy(fp32), tersor.Int8Dynamic()),
-        SMOOTH: lambda: tersor.quantize_(smoothed(), tersor.Int8Dynamic()),
+        SMOOTH: lambda: tersor.quantize_(smoothed(tersor.Int8Dynamic()), tersor.Int8Dynamic()),
         STATIC: lambda: static(copy.deepcopy(fp32), tersor.Int8Static()),
-        STATIC_SMOOTH: lambda: static(smoothed(), tersor.Int8Static()),
-        MIXED_SMOOTH: lambda: static(smoothed(), mixed),
+        STATIC_SMOOTH: lambda: static(smoothed(tersor.Int8Static()), tersor.Int8Static()),
+        MIXED_SMOOTH: lambda: static(smoothed(tersor.Int8Dynamic()), mixed),
     }
 
 

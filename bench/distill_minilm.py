@@ -2,9 +2,9 @@
 
 python bench/distill_minilm.py [--seeds 3] [--short]
 
-Student: embeddings of the 8000 commonest tokens, their mean, two linear layers. It trains on pairs of definitions and nouns, by the
-contrastive loss alone (every other noun of the batch is wrong), or with MiniLM's embeddings of the same texts beside; then the linear
-layers ternary. Judged on the nouns of bench/accuracy_minilm.py, which training does not see.
+Student: embeddings of the 8000 commonest tokens, their mean, two linear layers. It trains on pairs of definitions and nouns, by
+the contrastive loss alone (every other noun of the batch is wrong), or with MiniLM's embeddings of the same texts beside; then with
+ternary linear layers. Judged on the nouns of bench/accuracy_minilm.py, which training does not see.
 """
 
 from __future__ import annotations

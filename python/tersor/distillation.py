@@ -124,7 +124,7 @@ def distill(
         state = _State(student, pairs.maps, optimizer)
         done = state.load(checkpoint)
         stream.skip(done)
-        for step in tracked(range(done + 1, steps + 1), progress, "distilling"):
+        for step in tracked(list(range(done + 1, steps + 1)), progress, "distilling"):
             call, target = _split(stream.next(), target_loss is not None)
             if scheduled:
                 for group in optimizer.param_groups:

@@ -48,12 +48,17 @@ def gptq_(model: nn.Module, config: Config, inputs: Any, filter_fn: Filter | Non
             todo = [shared.pop(id(layer.weight)) for layer in group if id(layer.weight) in shared]
             hessian = None
             if any(isinstance(place.format, ROUNDED) for part in todo for place in part):
-                hessian = Hessian()
-                trace.run(group[:1], lambda _, x, seen=hessian: seen.add(x))
+                hessian = _hessian(trace, group[0])
             for part in todo:
                 _swap(part, hessian)
     settle(model)
     return model
+
+
+def _hessian(trace: Trace, layer: nn.Module) -> Hessian:
+    seen = Hessian()
+    trace.run([layer], lambda _, x: seen.add(x))
+    return seen
 
 
 def gptq(weight: Tensor, hessian: Tensor, fmt: Format) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,7 +129,7 @@ def correct_bias_(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.Mod
         raise ValueError(f"correct_bias_: inputs never reach {some(missed)}")
     with torch.no_grad():
         for fqn, layer in layers.items():
-            weight: Tensor = others[fqn].weight.detach() - layer.dequantize().weight  # type: ignore[union-attr,operator]
+            weight = others[fqn].get_parameter("weight").detach() - layer.dequantize().weight
             by = weight.double() @ means[others[fqn]].value()
             bias = layer._parameters["bias"]
             # A new parameter: the old one may be the float model's own.

@@ -78,8 +78,8 @@ def smooth_(
         raise ValueError(f"smooth_: alpha is {alpha!r}, expected numbers from 0 to 1")
     calls = batches(inputs, "smooth_: inputs")
     joints = _joints(model, calls, None if pairs is None else list(pairs))
-    seen = {joint.targets[0]: _Seen() for joint in joints}
-    with evaluating(model), watched(seen, lambda layer, x: seen[layer].add(x)):  # type: ignore[index]
+    seen: dict[nn.Module, _Seen] = {joint.targets[0]: _Seen() for joint in joints}
+    with evaluating(model), watched(seen, lambda layer, x: seen[layer].add(x)):
         for args, kwargs in calls:
             model(*args, **kwargs)
     with torch.no_grad():
@@ -100,7 +100,7 @@ class _Joint:
     def __init__(self, model: nn.Module, pair: Pair, channels: Tensor) -> None:
         self.pair = pair
         self.source = model.get_submodule(pair.source)
-        self.targets = [model.get_submodule(fqn) for fqn in pair.targets]
+        self.targets = [target for fqn in pair.targets if isinstance(target := model.get_submodule(fqn), nn.Linear)]
         self.channels = channels
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class _Joint:
                 s_ = s.to(value.dtype)
                 value.div_(s_ if value.dim() == 1 else s_.unsqueeze(1))
         for target in self.targets:
-            target.weight.mul_(s[self.channels].to(target.weight.dtype))  # type: ignore[operator,union-attr]
+            target.weight.mul_(s[self.channels].to(target.weight.dtype))
 
     def kind(self) -> tuple[str, ...]:
         """Pairs of the same kind are those that differ in numbers only: block after block."""
@@ -139,7 +139,7 @@ class _Seen:
 
 def _smooth(joint: _Joint, seen: _Seen, alphas: Sequence[float], forced: bool, fmt: Format) -> None:
     assert seen.absmax is not None
-    weights = [target.weight.float() for target in joint.targets]  # type: ignore[union-attr,operator]
+    weights = [target.weight.float() for target in joint.targets]
     n = int(joint.channels.max()) + 1
     x_max = torch.zeros(n, device=seen.absmax.device).scatter_reduce_(0, joint.channels, seen.absmax, "amax")
     columns = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
@@ -245,7 +245,7 @@ def _channels(names: dict[str, nn.Module], pair: Pair) -> Tensor | None:
 def _candidates(model: nn.Module, names: dict[str, nn.Module], call: Batch) -> list[tuple[Pair, Tensor]]:
     holders = Counter(id(p) for module in names.values() for p in module._parameters.values() if p is not None)
     own = {fqn: module for fqn, module in names.items() if _alone(module, holders)}
-    linears = {fqn: module for fqn, module in own.items() if type(module) is nn.Linear}
+    linears: dict[str, nn.Module] = {fqn: module for fqn, module in own.items() if type(module) is nn.Linear}
     norms = {fqn: module for fqn, module in own.items() if module._parameters["weight"].dim() == 1}  # type: ignore[union-attr]
     readers = _readers(model, norms, linears, call)
     found = [Pair(source, tuple(targets)) for source, targets in readers.items()]

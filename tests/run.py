@@ -164,7 +164,7 @@ def examples(full: bool) -> None:
     """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
     if not full:
         return
-    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist"):
+    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist", "distill_minilm", "tabular"):
         run(sys.executable, f"bench/{name}.py", "--short")
 
 

@@ -2,8 +2,8 @@
 
 python bench/distill_fashion_mnist.py [--seeds 3] [--short]
 
-Teacher: 784-1024-1024-10, trained on all labels. Student: 784-256-256-10. It sees 1000 labels alone; or all images with what the
-teacher says of them, as hard labels or as probabilities, and the 1000 labels beside. Shrunk students are cut out of the teacher.
+Teacher: 784-1024-1024-10, trained on all labels. Student: 784-256-256-10. It sees 1000 labels alone; or all images without labels,
+but with what the teacher says of them, its first choice or its probabilities. Shrunk students are cut out of the teacher.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fashion_mnist_model import Data
     from torch import nn
 
-LABELS, STEPS, TEACHER_STEPS, HIDDEN, TEMPERATURE = 1000, 400, 400, 256, 2.0
+LABELS, STEPS, HIDDEN, TEMPERATURE = 1000, 400, 256, 2.0
 WIDTHS = (0.5, 0.25, 0.125)
 TEACHER, ALONE, HARD, SOFT = (
     "teacher, all labels",

@@ -30,10 +30,14 @@ _PUBLIC = {
     "SparseInt8": "formats",
     "Ternary": "formats",
     "Unstructured": "pruning_patterns",
+    "calibrate": "static_scales",
+    "correct_bias_": "rounding",
     "dequantize_": "swap",
+    "distill": "distillation",
     "finalize_": "pruning",
     "from_bitnet_": "bitnet",
     "fuse": "fusion",
+    "gptq_": "rounding",
     "info": "information",
     "load_": "checkpoint",
     "prune_": "pruning",
@@ -41,21 +45,28 @@ _PUBLIC = {
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
     "save": "checkpoint",
+    "shrink": "shrinking",
+    "smooth_": "smoothing",
 }
-_SUBMODULES = ("formats", "fusion", "nn", "numpy", "ops", "parallel", "train")
+_SUBMODULES = ("formats", "fusion", "nn", "numpy", "observers", "ops", "parallel", "train")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import formats, fusion, nn, numpy, ops, parallel, train
+    from . import formats, fusion, nn, numpy, observers, ops, parallel, train
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
+    from .distillation import distill
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseFloat, SparseInt8, Ternary
     from .fusion import fuse
     from .information import info
     from .nn import QuantLinear
     from .pruning import Pruner, finalize_, prune_
     from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
+    from .rounding import correct_bias_, gptq_
+    from .shrinking import shrink
+    from .smoothing import smooth_
+    from .static_scales import calibrate
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights
 
 

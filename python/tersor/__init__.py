@@ -40,6 +40,7 @@ _PUBLIC = {
     "quantize_": "swap",
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
+    "report": "reporting",
     "save": "checkpoint",
 }
 _SUBMODULES = ("formats", "fusion", "nn", "numpy", "ops", "parallel", "train")
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .nn import QuantLinear
     from .pruning import Pruner, finalize_, prune_
     from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
+    from .reporting import report
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights
 
 

@@ -9,6 +9,7 @@ import click
 
 from . import __version__
 from .bench.cli import bench
+from .reporting.cli import report
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,6 +35,7 @@ def info(as_json: bool) -> None:
 
 
 main.add_command(bench)
+main.add_command(report)
 
 
 if __name__ == "__main__":

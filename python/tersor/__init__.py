@@ -42,6 +42,8 @@ _PUBLIC = {
     "quantize_weights": "swap",
     "report": "reporting",
     "save": "checkpoint",
+    "search": "format_search",
+    "sensitivity": "format_search",
 }
 _SUBMODULES = ("formats", "fusion", "nn", "numpy", "ops", "parallel", "train")
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from . import formats, fusion, nn, numpy, ops, parallel, train
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
+    from .format_search import search, sensitivity
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseFloat, SparseInt8, Ternary
     from .fusion import fuse
     from .information import info

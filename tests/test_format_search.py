@@ -191,6 +191,19 @@ def test_greedy_search_keeps_the_bound_on_a_path(known_speed, max_drop):
         assert {repr(f) for f in found.values()} == {"None", "Ternary()"}
 
 
+@pytest.mark.parametrize("max_drop", [0, 2, 5, 9, 17, 30])
+def test_bisection_finds_the_fastest_point_of_the_path(known_speed, monkeypatch, max_drop):
+    paths = []
+    monkeypatch.setattr(mixes, "frontier", lambda seconds, damage: paths.append(frontier(seconds, damage)) or paths[-1])
+    found = tersor.search(Model(8), [INT8, TERNARY], X, max_drop=max_drop, metric=metric)
+    cost = [[0.0, 1.0, 4.0]] * 8
+    drops = [sum(cost[i][f] * (3 if i == 0 else 1) for i, f in enumerate(mix)) for mix in paths[0]]
+    seconds = [sum((10.0, 3.0, 1.0)[f] for f in mix) for mix in paths[0]]
+    uniform = {0.0: 80.0, 10.0: 24.0, 40.0: 8.0}  # drop -> seconds of what is tried beside the path
+    want = [s for s, drop in [*zip(seconds, drops, strict=True), *((s, d) for d, s in uniform.items())] if drop <= max_drop]
+    assert found.chosen.layers_s == min(want)
+
+
 def test_frontier_takes_the_steps_that_undo_most_for_their_time():
     # float, a, b of two layers; by rate: layer 1 b -> a (8 / 1), layer 0 b -> a (3 / 1), layer 1 a -> float (1 / 2), layer 0 (1 / 3)
     seconds = [[5.0, 2.0, 1.0], [4.0, 2.0, 1.0]]

@@ -30,6 +30,7 @@ _PUBLIC = {
     "SparseInt8": "formats",
     "Ternary": "formats",
     "Unstructured": "pruning_patterns",
+    "advise": "advice",
     "dequantize_": "swap",
     "finalize_": "pruning",
     "from_bitnet_": "bitnet",
@@ -51,6 +52,7 @@ __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from . import formats, fusion, nn, numpy, ops, parallel, train
+    from .advice import advise
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
     from .format_search import search, sensitivity

@@ -8,6 +8,7 @@ import json
 import click
 
 from . import __version__
+from .advice.cli import advise
 from .bench.cli import bench
 from .reporting.cli import report
 
@@ -34,6 +35,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(dataclasses.asdict(facts), indent=2) if as_json else str(facts))
 
 
+main.add_command(advise)
 main.add_command(bench)
 main.add_command(report)
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..calibration import Batch, batches, evaluating
 from ..comparison import Distance, exchanged
+from ..nn import QuantLinear
 from ..reporting.measure import Metric, score, tracking
 from ..reporting.pages import markdown_table
 from ..selection import Filter
 from ..swap import Config
-from .candidates import Memory, Packed, Unit, key_of, units_of
+from .candidates import Memory, Unit, key_of, units_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -105,7 +106,7 @@ def sensitivity(
     memory = Memory.open(path, "sensitivity", units, measure)
     with evaluating(model):
         judge = _judge(model, inputs, metric, loss)
-        damages = measured_damage(model, units, judge, memory, Packed(), progress)
+        damages = measured_damage(model, units, judge, memory, progress)
     rows = tuple(
         LayerDamage(unit.names[0], key, *damages[i, key]) for i, unit in enumerate(units) for key in map(key_of, unit.formats)
     )
@@ -116,7 +117,7 @@ Judge = Callable[[nn.Module], float]  # a changed model -> its damage
 
 
 def measured_damage(
-    model: nn.Module, units: list[Unit], judge: Judge, memory: Memory, packed: Packed | None, progress: bool
+    model: nn.Module, units: list[Unit], judge: Judge, memory: Memory, progress: bool
 ) -> dict[tuple[int, str], tuple[float, int]]:
     """(damage, bytes) of each unit, by its index, in each of its formats."""
     from ..bench.layers import stored_bytes
@@ -128,7 +129,7 @@ def measured_damage(
                 key = key_of(fmt)
                 known = memory.get("damage", unit.names[0], key)
                 if known is None:
-                    layer = (packed or Packed()).layer(unit, fmt)
+                    layer = QuantLinear.from_linear(unit.layer, fmt)
                     known = [judge(exchanged(model, {unit.layer: layer})), stored_bytes(layer)]
                     memory.put(known, "damage", unit.names[0], key)
                 found[i, key] = float(known[0]), int(known[1])

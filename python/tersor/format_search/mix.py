@@ -177,7 +177,7 @@ class _Run:
         self.metrics: dict[Mix, float] = {}
 
     def measure_layers(self, rows: list[Rows], calls: list[Batch], progress: bool) -> None:
-        found = measured_damage(self.model, self.units, output_judge(self.model, calls), self.memory, None, progress)
+        found = measured_damage(self.model, self.units, output_judge(self.model, calls), self.memory, progress)
         self.damage = [[0.0, *(found[i, key_of(fmt)][0] for fmt in unit.formats)] for i, unit in enumerate(self.units)]
         choice = Choice()
         with tracking(len(self.units), "layer speed", progress) as step:

@@ -41,6 +41,15 @@ def test_int8_with_many_rows_is_bound_by_arithmetic():
     assert t.bound == "compute"
 
 
+def test_shares_follow_the_rows():
+    for m, rows in ((1, 1 / 0.56), (4, 4 / 0.84), (7, 7 / 0.84), (16, 16 / 0.94)):
+        t = predict(tersor.Int4(), 1024, 1024, m, HERE, traffic=8 << 20)
+        assert t.compute == pytest.approx(rows * 1024 * 1024 / 200e9), m
+    assert predict(tersor.BinaryXnor(), 1024, 1024, 64, HERE, traffic=1024).compute == pytest.approx(
+        64 * 1024 * 1024 / (1000e9 * 0.72)
+    )
+
+
 def test_int8_with_one_row_is_bound_by_reading():
     t = predict(INT8, 2048, 1024, 1, HERE, traffic=100 << 20)
     read = (2048 * 1024 + 4 * 2048) / (20e9 * 0.65)  # below 4 MiB: not in huge pages
@@ -293,6 +302,8 @@ def test_shared_weights_count_once(known):
     model = nn.Sequential(layer, layer)
     advice = tersor.advise(model, torch.ones(3, 64), machine=MACHINE)
     assert [(row.fqn, row.rows) for row in advice.layers] == [("0", {3: 2})]
+    one = predict(INT8, 64, 64, 3, HERE, 64 * 64 + 4 * 64).seconds
+    assert advice.layers[0].seconds["Int8Dynamic()"] == pytest.approx(2 * one)
     assert advice.formats[0].bytes == 4 * 64 * 64
     assert advice.formats[1].bytes == 64 * 64 + 4 * 64
 

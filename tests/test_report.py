@@ -306,6 +306,10 @@ def test_command_takes_model_and_inputs_from_one_factory():
         (("--model", "test_report:make"), "no inputs: give --inputs module:factory, or let the factory of --model return"),
         (("--model", "test_report:inputs"), "made list, expected an nn.Module"),
         (("--model", "test_report:with_inputs", "--format", "int7"), "'int7', expected one of: int8-dynamic"),
+        (
+            ("--model", "test_report:with_inputs", "--format", "int8-static"),
+            "'int8-static', expected one of: int8-dynamic, int8-weight",
+        ),
         (("--model", "test_report:absent"), "model 'test_report:absent'"),
         (("--model", "test_report:with_inputs", "--html", "/no/such/folder/a.html"), "cannot be written"),
         (("--model", "test_report:X"), "is Tensor, expected a function"),

@@ -83,10 +83,12 @@ def report(
     from ..bench.layers import attribute
     from ..bench.our_formats import our_formats
     from ..bench.timing import torch_threads
+    from ..formats import Int8Static
     from ..swap import quantize_
     from .measure import report as compare
 
-    formats = our_formats()
+    # The scale of Int8Static differs by layer: only the function can be given what calibration found.
+    formats = {name: fmt for name, fmt in our_formats().items() if not isinstance(fmt, Int8Static)}
     if format_name not in formats:
         raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(formats)}", param_hint="--format")
     score = or_exit(lambda: attribute(metric, "metric")) if metric else None

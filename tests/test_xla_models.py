@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import EPS, assert_within
+from cases import assert_within
 from torch import nn
 from xla_common import JIT, env, jax, torchax, xla  # noqa: F401
 
@@ -20,17 +20,25 @@ minilm = pytest.importorskip("minilm_model")
 pytestmark = pytest.mark.xla
 
 
+SENTENCES = [
+    "A cat sits on the mat.",
+    "Heavy rain is expected in the north of the country tonight, with floods along the larger rivers.",
+    "The bank raised its interest rates by a quarter of a point.",
+    "Why?",
+]
+
+
 @pytest.fixture(scope="module")
 def texts():
-    """(ids, mask) int64 [4, 48] of sentences of different lengths, and the swapped model's unit vectors on the CPU."""
+    """The float model, and (ids, mask) int64 [4, T] of sentences of different lengths."""
     try:
         model, tokenizer = minilm.load_model(), minilm.load_tokenizer()
-        sentences = minilm.load_texts(limit=8).queries[:4]
     except minilm.MissingData as error:
         pytest.skip(str(error))
-    encoded = [e.ids[:48] for e in tokenizer.encode_batch(sentences)]
-    ids = torch.tensor([row + [0] * (48 - len(row)) for row in encoded])
-    mask = torch.tensor([[1] * len(row) + [0] * (48 - len(row)) for row in encoded])
+    rows = [e.ids for e in tokenizer.encode_batch(SENTENCES)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return model, ids, mask
 
 
@@ -47,18 +55,88 @@ class Embedding(nn.Module):
         return embedding(self.model, ids, mask)
 
 
+class OnCpu(nn.Module):
+    """A layer that is on the CPU, in a model that is on "jax"."""
+
+    def __init__(self, layer: tersor.QuantLinear, env) -> None:  # noqa: F811
+        super().__init__()
+        self.env = env
+        self.call = layer.forward  # not a submodule: it stays where it is
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.env.disable_torch_modes()
+        try:
+            y = self.call(x.torch())
+        finally:
+            self.env.enable_torch_modes()
+        return y.to("jax")
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a, b = a.double(), b.double()
+    return (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+
+
+def test_minilm_gives_the_embeddings_of_the_cpu_kernels(env, texts):  # noqa: F811
+    """The layers of the model by the lowerings, and by the CPU kernels, with the same softmax, norms and gelu around them."""
+    _, ids, mask = texts
+    swapped = tersor.quantize_(minilm.load_model(), tersor.Int8Dynamic())
+    by_kernels = tersor.quantize_(minilm.load_model(), tersor.Int8Dynamic())
+    for name, layer in list(by_kernels.named_modules()):
+        if isinstance(layer, tersor.QuantLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(by_kernels.get_submodule(parent), child, OnCpu(layer, env))
+    with torch.no_grad(), env:
+        got, want = (
+            Embedding(model.to("jax"))(ids.to("jax"), mask.to("jax")).torch().detach() for model in (swapped, by_kernels)
+        )
+    assert cosines(got, want).min() >= 0.99999
+
+
 @JIT
-@pytest.mark.parametrize("fmt", [tersor.Int8Dynamic(), tersor.Int4(32), tersor.Int8WeightOnly()], ids=str)
-def test_minilm_gives_the_embeddings_of_the_cpu_kernels(env, texts, fmt, jit: bool):  # noqa: F811
+def test_minilm_with_the_float_parts_of_either(env, texts, jit: bool):  # noqa: F811
+    """JAX's softmax, norms and gelu differ from torch's by ulps. One ulp across a tie of the quantiser is a step of 1 / 127, and the
+    steps after it follow, so that a sentence differs by nothing or by a part of what the format itself costs it."""
     model, ids, mask = texts
-    swapped = tersor.quantize_(minilm.load_model(), fmt)
+    swapped = tersor.quantize_(minilm.load_model(), tersor.Int8Dynamic())
     with torch.no_grad():
         want, floats = embedding(swapped, ids, mask), embedding(model, ids, mask)
-        # the device's own difference must be small beside that of the format, or the comparison would say nothing
-        assert (want - floats).abs().max() > 1e-4
         with env:
             swapped.to("jax")
             call = torchax.interop.JittableModule(Embedding(swapped)) if jit else Embedding(swapped)
-            got = call(ids.to("jax"), mask.to("jax")).torch()
-    cosine = (got.double() * want.double()).sum(-1) / got.double().norm(dim=-1) / want.double().norm(dim=-1)
-    assert cosine.min() >= 0.99999
+            got = call(ids.to("jax"), mask.to("jax")).torch().detach()
+    same = cosines(got, want)
+    assert same.median() >= 0.99999
+    assert (1 - same <= 1 - cosines(want, floats)).all()
+
+
+@JIT
+def test_minilm_with_float_activations(env, texts, jit: bool):  # noqa: F811
+    """Nothing is rounded at run time, so ulps stay ulps."""
+    _, ids, mask = texts
+    swapped = tersor.quantize_(minilm.load_model(), tersor.Int8WeightOnly())
+    with torch.no_grad():
+        want = embedding(swapped, ids, mask)
+        with env:
+            swapped.to("jax")
+            call = torchax.interop.JittableModule(Embedding(swapped)) if jit else Embedding(swapped)
+            got = call(ids.to("jax"), mask.to("jax")).torch().detach()
+    assert cosines(got, want).min() >= 0.99999
+
+
+@JIT
+def test_a_fused_graph_moves_there(env, jit: bool):  # noqa: F811
+    """What fuse() made for the CPU gives the same numbers there; XLA fuses by itself, so it is not needed."""
+    model = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 48)).eval()
+    tersor.quantize_(model, tersor.Int8Dynamic())
+    x = torch.randn(6, 48)
+    with torch.no_grad():
+        want = model(x)
+        fused = tersor.fuse(model, (x,))
+        with env:
+            fused.to("jax")
+            xla.register()
+            got = (torchax.interop.JittableModule(fused) if jit else fused)(x.to("jax")).torch().detach()
+    # A norm's row and a gelu's may be one step of int8 apart in an element.
+    step = 4 * 127**-1 * (model[3].dequantize().weight.abs().amax() + model[1].dequantize().weight.abs().amax() * 2)
+    assert_within(got, want, step.item())

@@ -230,7 +230,10 @@ def export(
     shapes = _pytree.tree_map(lambda t: {0: dim} if isinstance(t, Tensor) and dim is not None else None, tuple(example_inputs))
     with torch.no_grad(), _dots_in_graphs():
         program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions({op.raw: op.reference for op in ops.OPS.values()})
+        # torch's own at the same time: what one of them changes in the strides of an x decides how a reference is traced.
+        program = program.run_decompositions(
+            {**torch.export.default_decompositions(), **{op.raw: op.reference for op in ops.OPS.values()}}
+        )
     weights, function = torchax_export.exported_program_to_jax(program)
     shapes = torchax_export.extract_avals(program)
 

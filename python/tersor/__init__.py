@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from .pruning import Pruner, finalize_, prune_
     from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
     from .reporting import report
-    from .reporting import report
     from .rounding import correct_bias_, gptq_
     from .shrinking import shrink
     from .smoothing import smooth_

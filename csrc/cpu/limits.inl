@@ -26,7 +26,9 @@ void consume(const Vi (&sums)[kCount]) {
   Isa::opaque(all);
 }
 
+template <typename I>
 int64_t limit_int8(int64_t iterations) {
+  if constexpr (I::kMatrixUnit) return I::Matrix::limit(iterations);
   using D = Isa::Dot<8>;
   alignas(64) uint8_t codes[sizeof(Vi)] = {};
   char row[Codes<8>::kXWordBytes] = {};
@@ -107,7 +109,7 @@ int64_t limit_read(int64_t iterations, const void* data, int64_t bytes) {
 int64_t run_limit(Limit what, int64_t iterations, const void* data, int64_t bytes) {
   switch (what) {
     case Limit::int8:
-      return limit_int8(iterations);
+      return limit_int8<Isa>(iterations);
     case Limit::f32:
       return limit_f32(iterations);
     case Limit::popcount:

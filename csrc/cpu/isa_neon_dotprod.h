@@ -12,7 +12,11 @@ namespace {
 
 struct NeonDotprod : Neon {
   struct Products : Neon::Products {
-    static Vi dot4(Vi acc, int8x16_t w, int8x16_t x) { return vdotq_s32(acc, w, x); }
+    static Vi dot4(Vi acc, int8x16_t w, int8x16_t x) {
+      acc = vdotq_s32(acc, w, x);
+      opaque(acc);  // or gcc mixes the products of two steps and spills sums
+      return acc;
+    }
   };
   template <int kBits>
   using Dot = SignedCodes<kBits, Products>;

@@ -41,11 +41,15 @@ int64_t limit_int8(int64_t iterations) {
 #pragma GCC unroll 32
     for (int s = 0; s < kLimitSums; ++s) {
       Isa::opaque(x);  // each sum has a product of its own, which cannot leave the loop
-      sums[s] = D::dot4(sums[s], w, x);
+      if constexpr (D::kPairs) {
+        sums[s] = D::matmul(sums[s], w, x);
+      } else {
+        sums[s] = D::dot4(sums[s], w, x);
+      }
     }
   }
   consume(sums);
-  return iterations * kLimitSums * Isa::kLanes * kTileK8;
+  return iterations * kLimitSums * Isa::kLanes * kTileK8 * (D::kPairs ? 2 : 1);
 }
 
 int64_t limit_f32(int64_t iterations) {

@@ -29,13 +29,13 @@ void consume(const Vi (&sums)[kCount]) {
 template <typename I>
 int64_t limit_int8(int64_t iterations) {
   if constexpr (I::kMatrixUnit) return I::Matrix::limit(iterations);
-  using D = Isa::Dot<8>;
+  using D = typename I::template Dot<8>;
   alignas(64) uint8_t codes[sizeof(Vi)] = {};
   char row[Codes<8>::kXWordBytes] = {};
   Vi sums[kLimitSums];
   start(sums);
-  D::W w = D::codes(codes, 0);
-  D::X x = D::load_x(row);
+  typename D::W w = D::codes(codes, 0);
+  typename D::X x = D::load_x(row);
   Isa::opaque(w);  // or it would be known to be zero
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32

@@ -165,10 +165,10 @@ def older_cpus(full: bool) -> None:
         return
     layer = "tersor.nn.QuantLinear.from_linear(torch.nn.Linear(70, 33), tersor.Int8Dynamic())(torch.ones(5, 70))"
     code = f"import tersor, torch; served = tersor.info().kernels['gemm_w8']; print(served, {layer}.shape)"
-    for cpu, isa in (("Haswell", "avx2"), ("Nehalem", "scalar")):
+    for cpu, isa in (("Haswell", "avx2"), ("Nehalem", "sse41"), ("Nehalem", "scalar")):
         emulator = ("qemu-x86_64-static", "-cpu", cpu)
         run(*emulator, BUILD / "cpp" / "kernel_tests", "--fuzz", "20", "--only", "digest")
-        run(*emulator, sys.executable, "-c", f"{code}; assert served == '{isa}'")
+        run(*emulator, sys.executable, "-c", f"{code}; assert served == '{isa}'", TERSOR_ISA=isa)
     run("qemu-x86_64-static", "-cpu", "Haswell", BUILD / "cpp" / "kernel_tests", "--fuzz", "20")
     run("qemu-x86_64-static", "-cpu", "Haswell", sys.executable, "-m", "pytest", "tests/test_exact.py", "-k", "not variants_agree")
 

@@ -35,6 +35,8 @@ namespace {
 
 // One list of features: the bit, its name in messages. Where CPUID reports each is in cpu_features().
 #define TERSOR_FEATURES(X)                \
+  X(kSsse3, "SSSE3")                      \
+  X(kSse41, "SSE4.1")                     \
   X(kAvx2, "AVX2")                        \
   X(kFma, "FMA")                          \
   X(kF16c, "F16C")                        \
@@ -81,12 +83,15 @@ bool may_use_tiles() {
 
 uint32_t cpu_features() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+  uint32_t have = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return have;
+  if (c & bit_SSSE3) have |= kSsse3;
+  if (c & bit_SSE4_1) have |= kSse41;
+  if (!(c & bit_OSXSAVE)) return have;
   uint32_t xcr0_low = 0, xcr0_high = 0;
   __asm__("xgetbv" : "=a"(xcr0_low), "=d"(xcr0_high) : "c"(0));
   const bool os_ymm = (xcr0_low & 0x6) == 0x6;    // Intel SDM vol. 1, 13.3: XMM and YMM state enabled by the OS
   const bool os_zmm = (xcr0_low & 0xe6) == 0xe6;  // and opmask, ZMM_Hi256, Hi16_ZMM
-  uint32_t have = 0;
   if (os_ymm) {
     if (c & bit_FMA) have |= kFma;
     if (c & bit_F16C) have |= kF16c;

@@ -8,7 +8,7 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-struct Isa {
+struct Scalar {
   // Whether the variant fills every entry of the table, or only those that gain by what it has beyond the next one.
   static constexpr bool kAllKernels = true;
   static constexpr bool kMatrixUnit = false;  // multiplies tiles of registers, see isa_amx_int8.h
@@ -297,9 +297,6 @@ struct Isa {
   static constexpr int kFloatMaxRows = 2;
   static constexpr int kFloatTiles = 1;
 
- private:
-  static int32_t s8(char c) { return static_cast<int8_t>(c); }
-
   // Without an instruction for it: the product is exact in double, the sum is rounded to odd there, so that rounding it to float is
   // the only rounding (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008).
   static float round_once(float a, float b, float c) {
@@ -350,7 +347,14 @@ struct Isa {
     const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
     return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
   }
+
+ private:
+  static int32_t s8(char c) { return static_cast<int8_t>(c); }
 };
+
+#ifndef TERSOR_ISA_EXTENDED  // by a header that takes from this one what its instruction set lacks
+using Isa = Scalar;
+#endif
 
 }  // namespace
 }  // namespace tersor::TERSOR_ISA

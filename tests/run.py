@@ -44,7 +44,11 @@ def lint(full: bool) -> None:
     run(BIN / "ruff", "check", "-q", ".")
     run(BIN / "ruff", "format", "-q", "--check", ".")
     files = subprocess.run(
-        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*", "tests/emulator/*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     sources = [f for f in files.stdout.split() if f.endswith((".cpp", ".h", ".inl", ".cu", ".cuh"))]
     run(BIN / "clang-format", "--dry-run", "-Werror", *sources)

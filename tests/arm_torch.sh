@@ -33,7 +33,7 @@ fi
   -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
   -DCMAKE_CXX_FLAGS="-isystem $root/usr/include" -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$python" \
   -DPython_INCLUDE_DIR="$root/usr/include/python3.11" -DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DTORCH_DIR="$site/torch" -DSKBUILD_PROJECT_VERSION=0.1.0
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DTORCH_LIB_DIR="$site/torch/lib" -DSKBUILD_PROJECT_VERSION=0.1.0
 "$bin/cmake" --build build/arm --target _torch _numpy -- --quiet
 rm -rf "$site/tersor"
 cp -r python/tersor "$site/tersor"

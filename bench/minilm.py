@@ -106,7 +106,12 @@ def model_bytes(model: nn.Module) -> int:
         return total
 
     plain: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    packed = [value for name, value in model.state_dict().items() if name not in plain]
+    known = {value.data_ptr() for value in plain.values()}  # a tied weight has a second name in the state_dict
+    packed = [
+        value
+        for name, value in model.state_dict().items()
+        if name not in plain and not (isinstance(value, torch.Tensor) and not value.is_quantized and value.data_ptr() in known)
+    ]
     return sum(map(size, plain.values())) + sum(map(size, packed))
 
 

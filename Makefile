@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = r-cran-janeaustenr dataset-fashion-mnist wordnet-base
 
-.PHONY: demo demo-few-bits demo-sparse demo-accuracy test test-full targets dev bench peers data fmt lint wheel install clean
+.PHONY: demo demo-few-bits demo-sparse demo-accuracy test test-full test-xla targets dev bench peers data fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
@@ -32,6 +32,9 @@ test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
 
 test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long fuzzing
 	$(BIN)/python tests/run.py --full
+
+test-xla: install  ## the lowerings for TPUs alone: JAX on the CPU, and the TPU compiler without a TPU
+	$(BIN)/python tests/run.py --full --only xla
 
 targets: install peers  ## measure every figure this project promises
 	$(BIN)/python bench/targets.py

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
-from minilm import model_bytes
 from prune_minilm import calibration
 from rich.console import Console
 from rich.progress import Progress
@@ -66,6 +65,8 @@ def run(
     """(how each ranks, the bytes of each). FLOAT must come first. Raises MissingData."""
     from glosses import load_glosses, ranking
     from minilm_model import Texts, evaluate, load_model
+
+    from tersor.comparison import model_bytes
 
     fp32 = load_model()
     glosses = load_glosses(queries + CALIBRATION)

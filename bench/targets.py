@@ -24,6 +24,7 @@ import compare  # noqa: E402
 import compare_few_bits  # noqa: E402
 import minilm  # noqa: E402
 import target_accuracy as accuracy  # noqa: E402
+import target_advice as advice  # noqa: E402
 import target_few_bits as few  # noqa: E402
 import target_fused as fused  # noqa: E402
 import target_graph as graph  # noqa: E402
@@ -293,6 +294,41 @@ TARGETS += [
         note=pruning.minilm_note,
     ),
     Target("MiniLM, 50 % at once: SparseGPT's mean cosine", lambda: pruning.mean_cosine("sparsegpt"), 0.90),
+]
+TARGETS += [
+    *(
+        Target(
+            f"advise on {model}: predicted against measured time of an int8 layer, median error",
+            partial(advice.median_error, model),
+            0.25,
+            at_most=True,
+            needs=VNNI,
+            note=partial(advice.error_note, model),
+        )
+        for model in ("MiniLM", "SmolLM2")
+    ),
+    *(
+        Target(
+            f"advise among formats of {bits} bits and more: time of its choice over the fastest's, worst of 4 models",
+            partial(advice.worst_choice, bits),
+            1.1,
+            at_most=True,
+            needs=VNNI,
+            note=partial(advice.choice_note, bits),
+        )
+        for bits in (8, 4, 1)
+    ),
+    Target("report against tersor bench: layers of MiniLM, worst difference", advice.report_gap, 0.10, at_most=True),
+    *(
+        Target(
+            f"search on {name}, 0.5 % drop: speed over all-int8's",
+            lambda find=find: advice.speed_of_int8(find()),
+            0.9,
+            needs=VNNI,
+            note=lambda find=find: advice.search_note(find()),
+        )
+        for name, find in (("MiniLM", advice.minilm_search), ("SmolLM2", advice.smollm_search))
+    ),
 ]
 
 

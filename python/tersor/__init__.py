@@ -30,6 +30,7 @@ _PUBLIC = {
     "SparseInt8": "formats",
     "Ternary": "formats",
     "Unstructured": "pruning_patterns",
+    "advise": "advice",
     "calibrate": "static_scales",
     "correct_bias_": "rounding",
     "dequantize_": "swap",
@@ -44,7 +45,10 @@ _PUBLIC = {
     "quantize_": "swap",
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
+    "report": "reporting",
     "save": "checkpoint",
+    "search": "format_search",
+    "sensitivity": "format_search",
     "shrink": "shrinking",
     "smooth_": "smoothing",
 }
@@ -54,15 +58,18 @@ __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from . import formats, fusion, nn, numpy, observers, ops, parallel, train
+    from .advice import advise
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
     from .distillation import distill
+    from .format_search import search, sensitivity
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseFloat, SparseInt8, Ternary
     from .fusion import fuse
     from .information import info
     from .nn import QuantLinear
     from .pruning import Pruner, finalize_, prune_
     from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
+    from .reporting import report
     from .rounding import correct_bias_, gptq_
     from .shrinking import shrink
     from .smoothing import smooth_

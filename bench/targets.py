@@ -361,6 +361,8 @@ def accuracy_targets() -> list[Target]:
         ("ternary student, soft answers over hard ones", students.TERNARY_SOFT, students.TERNARY, 0.1),
     ):
         found.append(Target(f"Fashion-MNIST, mean of 3 seeds: points by {what}", partial(accuracy.gain, name, over), points))
+    for name in (*encoder.DEPTHS, encoder.HALF):
+        found.append(Target(f"MiniLM {name}: share of R@1 that is left", partial(accuracy.kept_of_recall, name), 0.5))
     for width in students.WIDTHS:
         what = f"Fashion-MNIST shrunk to {width:g} of its width, untrained: share of the gain over chance"
         found.append(Target(what, partial(accuracy.kept_when_shrunk, width), 0.5))

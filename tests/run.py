@@ -151,13 +151,25 @@ def no_native(full: bool) -> None:
 
 def xla(full: bool) -> None:
     """The references through torchax on JAX CPU, and compiled for TPUs; torchax and libtpu go into a folder of their own."""
+    folder = BUILD / "xla"
+    if full:
+        packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
+        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
+    elif not (folder / "torchax").is_dir():
+        print("skipped: no torchax in build/xla; make test-xla installs it", flush=True)
+        return
+    # A process of their own: torchax changes torch's devices for good. The TPU compiler and MiniLM op by op take minutes.
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_xla*.py"))
+    chosen = ("-m", "xla" if full else "xla and not slow and not tpu_aot")
+    pytest(*tests, *chosen, PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", **(SLOW_FLAGS if full else {}))
+
+
+def examples(full: bool) -> None:
+    """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
     if not full:
         return
-    folder = BUILD / "xla"
-    packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
-    run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
-    # A process of their own: torchax changes torch's devices for good.
-    pytest("tests/test_xla.py", "tests/test_xla_tpu.py", PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist", "distill_minilm", "tabular"):
+        run(sys.executable, f"bench/{name}.py", "--short")
 
 
 PARTS: dict[str, Callable[[bool], None]] = {
@@ -171,6 +183,7 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "other_variants": other_variants,
     "no_native": no_native,
     "xla": xla,
+    "examples": examples,
 }
 
 

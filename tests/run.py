@@ -73,7 +73,29 @@ def cuda(full: bool) -> None:
     if shutil.which("nvcc") is None:
         print("skipped: no nvcc in PATH, so the kernels are not compiled for GPUs", flush=True)
         return
-    run(sys.executable, "tests/cuda_build.py", *([] if full else ["80", "90a"]))
+    # Instructions are counted with --full only: the tools for it are a download.
+    tools = BUILD / "cuobjdump"
+    if full:
+        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", "-r", "tests/requirements_cuda.txt", "--target", tools)
+    counted = ("--cuobjdump", tools / "nvidia" / "cu13" / "bin") if full else ("80", "90a")
+    run(sys.executable, "tests/cuda_build.py", *counted)
+    cuda_binding(full)
+
+
+def cuda_binding(full: bool) -> None:
+    """The torch ops on CUDA, which the plain install leaves out on a torch without CUDA: built, loaded and called here too."""
+    folder, package = BUILD / "cuda", BUILD / "cuda" / "python" / "tersor"
+    targets = () if full else ("-DTERSOR_CUDA_ARCHITECTURES=80-real",)
+    options = ("-DTERSOR_NUMPY=OFF", "-DTERSOR_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", *targets)
+    run(BIN / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "--log-level=WARNING", *options)
+    run(BIN / "cmake", "--build", folder, "--target", "_torch_cuda", "--", "--quiet")
+    where = "import importlib.util as u; print(*u.find_spec('tersor').submodule_search_locations)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=BUILD, capture_output=True, text=True, check=True)
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "python" / "tersor", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for library in (*Path(found.stdout.strip()).glob("*.so"), folder / "_torch_cuda.so"):
+        shutil.copy(library, package)
+    pytest("tests/test_cuda.py", "tests/test_gpu.py", PYTHONPATH=str(package.parent))
 
 
 def sanitizers(full: bool) -> None:

@@ -20,7 +20,7 @@ from . import __version__
 from .formats import LAYOUT_VERSION
 from .load_plan import TAG, LoadPlan, Source, identity, is_sharded, listed, split
 from .nn import QuantLinear
-from .plain import tiles_of
+from .plain import other_than_stored
 from .swap import settle
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
@@ -87,7 +87,9 @@ def load_(
         raise TypeError(f"load_: model is {type(model).__name__}, expected an nn.Module")
     inner = _unwrapped(model)
     if any(p.device.type == "jax" for p in inner.parameters()):
-        raise ValueError('load_: the model is on a JAX device; load it on the CPU, outside torchax\'s environment, then call .to("jax")')
+        raise ValueError(
+            'load_: the model is on a JAX device; load it on the CPU, outside of the environment of torchax, then call .to("jax")'
+        )
     # No inference tensor may enter the model, and no default device may apply to what is read.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         LoadPlan(inner, _open(path_or_state_dict, mmap), strict).apply()
@@ -103,11 +105,12 @@ def load_(
 
 
 def _state_in_tiles(model: nn.Module) -> Mapping[str, Any]:
-    """The state_dict, with tiles where a layer on a device without kernels has rows."""
+    """The state_dict, with what files hold where a layer has another form on its device."""
     state = model.state_dict()
     for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.plain:
-            state.update({f"{path}.{name}" if path else name: t for name, t in tiles_of(module).items()})
+        tiles = other_than_stored(module) if isinstance(module, QuantLinear) else None
+        if tiles is not None:
+            state.update({f"{path}.{name}" if path else name: t for name, t in tiles.items()})
     return state
 
 

@@ -12,7 +12,7 @@ from cases import EPS, FORMATS, SPARSE_FLOAT, Case, assert_equal, assert_within,
 from test_ops import arguments
 from test_sparse import pruned
 from torch import nn
-from xla_common import JIT, called, env, jax, torchax, xla  # noqa: F401
+from xla_common import JIT, called, env, jax, torchax, xla
 
 import tersor
 import tersor.ops as ops

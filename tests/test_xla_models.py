@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import assert_within
 from torch import nn
-from xla_common import JIT, env, jax, torchax, xla  # noqa: F401
+from xla_common import JIT, env, jax, torchax, xla
 
 import tersor
 
@@ -58,7 +58,7 @@ class Embedding(nn.Module):
 class OnCpu(nn.Module):
     """A layer that is on the CPU, in a model that is on "jax"."""
 
-    def __init__(self, layer: tersor.QuantLinear, env) -> None:  # noqa: F811
+    def __init__(self, layer: tersor.QuantLinear, env) -> None:
         super().__init__()
         self.env = env
         self.call = layer.forward  # not a submodule: it stays where it is
@@ -79,7 +79,7 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_minilm_gives_the_embeddings_of_the_cpu_kernels(env, texts):  # noqa: F811
+def test_minilm_gives_the_embeddings_of_the_cpu_kernels(env, texts):
     """The layers of the model by the lowerings, and by the CPU kernels, with the same softmax, norms and gelu around them."""
     _, ids, mask = texts
     swapped = tersor.quantize_(minilm.load_model(), tersor.Int8Dynamic())
@@ -89,14 +89,12 @@ def test_minilm_gives_the_embeddings_of_the_cpu_kernels(env, texts):  # noqa: F8
             parent, _, child = name.rpartition(".")
             setattr(by_kernels.get_submodule(parent), child, OnCpu(layer, env))
     with torch.no_grad(), env:
-        got, want = (
-            Embedding(model.to("jax"))(ids.to("jax"), mask.to("jax")).torch().detach() for model in (swapped, by_kernels)
-        )
+        got, want = (Embedding(model.to("jax"))(ids.to("jax"), mask.to("jax")).torch().detach() for model in (swapped, by_kernels))
     assert cosines(got, want).min() >= 0.99999
 
 
 @JIT
-def test_minilm_with_the_float_parts_of_either(env, texts, jit: bool):  # noqa: F811
+def test_minilm_with_the_float_parts_of_either(env, texts, jit: bool):
     """JAX's softmax, norms and gelu differ from torch's by ulps. One ulp across a tie of the quantiser is a step of 1 / 127, and the
     steps after it follow, so that a sentence differs by nothing or by a part of what the format itself costs it."""
     model, ids, mask = texts
@@ -113,7 +111,7 @@ def test_minilm_with_the_float_parts_of_either(env, texts, jit: bool):  # noqa: 
 
 
 @JIT
-def test_minilm_with_float_activations(env, texts, jit: bool):  # noqa: F811
+def test_minilm_with_float_activations(env, texts, jit: bool):
     """Nothing is rounded at run time, so ulps stay ulps."""
     _, ids, mask = texts
     swapped = tersor.quantize_(minilm.load_model(), tersor.Int8WeightOnly())
@@ -127,7 +125,7 @@ def test_minilm_with_float_activations(env, texts, jit: bool):  # noqa: F811
 
 
 @JIT
-def test_a_fused_graph_moves_there(env, jit: bool):  # noqa: F811
+def test_a_fused_graph_moves_there(env, jit: bool):
     """What fuse() made for the CPU gives the same numbers there; XLA fuses by itself, so it is not needed."""
     model = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 48)).eval()
     tersor.quantize_(model, tersor.Int8Dynamic())

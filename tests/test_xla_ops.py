@@ -10,7 +10,7 @@ import torch
 from cases import EPS, INPUT_SCALE, Case, GroupedCase, assert_equal, assert_within, epilogue_bound
 from test_sparse import STORAGES, pruned
 from torch import Tensor
-from xla_common import JIT, called, env, jax, on_jax, xla  # noqa: F401
+from xla_common import JIT, called, env, jax, on_jax, xla
 
 import tersor.ops as ops
 from tersor.ops import sparse_storage
@@ -103,7 +103,7 @@ def rounded_product(name: str, given: Args, before: Tensor) -> Tensor:
 
 @JIT
 @pytest.mark.parametrize(("name", "given", "dtype"), list(linear_cases()))
-def test_linear_ops(env, name: str, given: Args, dtype: torch.dtype, jit: bool):  # noqa: F811
+def test_linear_ops(env, name: str, given: Args, dtype: torch.dtype, jit: bool):
     op = ops.OPS[name]
     want = op.reference(*positional(name, given))
     exact = given | {"epilogue": "none", "residual": None}
@@ -133,7 +133,7 @@ def off_by_one(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_norm_quantize(env, kind: str, residual: bool, weighted: bool, dtype: torch.dtype, jit: bool):  # noqa: F811
+def test_norm_quantize(env, kind: str, residual: bool, weighted: bool, dtype: torch.dtype, jit: bool):
     x = torch.randn(M, K).to(dtype)
     weight = torch.randn(K) if weighted else None
     bias = torch.randn(K) if weighted and kind == "layer" else None
@@ -156,7 +156,7 @@ def test_norm_quantize(env, kind: str, residual: bool, weighted: bool, dtype: to
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("bits", "activation"), [(8, "silu"), (8, "gelu"), (4, "gelu_tanh"), (2, "silu"), (1, "relu")])
 @pytest.mark.parametrize("name", ["linear_glu", "linear_glu_s8", "linear_glu_quantize", "linear_glu_s8_quantize"])
-def test_gated_units(env, name: str, bits: int, activation: str, dtype: torch.dtype, jit: bool):  # noqa: F811
+def test_gated_units(env, name: str, bits: int, activation: str, dtype: torch.dtype, jit: bool):
     given = linear_args("linear_s8" if "s8" in name else "linear_dynamic", dtype, bits, n=64)
     given |= {"activation": activation, "bits": bits, "dtype": dtype}
     args = positional(name, given)
@@ -177,7 +177,7 @@ def test_gated_units(env, name: str, bits: int, activation: str, dtype: torch.dt
 
 @JIT
 @pytest.mark.parametrize("bits", [8, 4, 2, 1, "groups"])
-def test_input_grad(env, bits: int | str, jit: bool):  # noqa: F811
+def test_input_grad(env, bits: int | str, jit: bool):
     grad = torch.randn(M, N)
     if bits == "groups":
         _, tiles, scale, group, _ = GroupedCase(M, N, 96).make_grouped()
@@ -200,7 +200,7 @@ def test_gradients_are_of_seven_layers():
 
 @pytest.mark.parametrize("epilogue", ops.EPILOGUES)
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
-def test_gradients(env, name: str, epilogue: str):  # noqa: F811
+def test_gradients(env, name: str, epilogue: str):
     op, dtype = ops.OPS[name], torch.float32
     given = linear_args(name, dtype, storage="windows") | {"epilogue": epilogue}
     wanted = ["x", "bias"]
@@ -235,7 +235,7 @@ def test_gradients(env, name: str, epilogue: str):  # noqa: F811
 
 
 @pytest.mark.parametrize("bits", [8, "groups"])
-def test_gradient_of_input_grad(env, bits: int | str):  # noqa: F811
+def test_gradient_of_input_grad(env, bits: int | str):
     case = GroupedCase(M, N, 96).make_grouped() if bits == "groups" else Case(M, N, 96).make()
     stored = [case[1], case[2], 96, *((case[3], 4) if bits == "groups" else (None, 8))]
     grad, outer = torch.randn(M, N, requires_grad=True), torch.randn(M, 96)
@@ -248,7 +248,7 @@ def test_gradient_of_input_grad(env, bits: int | str):  # noqa: F811
     assert_within(torch.from_dlpack(got), want, bound)
 
 
-def test_viewing_a_tensor_as_another_dtype(env):  # noqa: F811
+def test_viewing_a_tensor_as_another_dtype(env):
     for t, dtype in (
         (torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4), torch.float16),
         (torch.arange(8, dtype=torch.uint8).reshape(2, 4), torch.float32),

@@ -87,7 +87,9 @@ def load_(
         raise TypeError(f"load_: model is {type(model).__name__}, expected an nn.Module")
     inner = _unwrapped(model)
     if any(p.device.type == "jax" for p in inner.parameters()):
-        raise ValueError('load_: the model is on a JAX device; load it on the CPU, outside torchax\'s environment, then call .to("jax")')
+        raise ValueError(
+            'load_: the model is on a JAX device; load it on the CPU, outside torchax\'s environment, then call .to("jax")'
+        )
     # No inference tensor may enter the model, and no default device may apply to what is read.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         LoadPlan(inner, _open(path_or_state_dict, mmap), strict).apply()

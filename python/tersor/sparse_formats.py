@@ -99,8 +99,8 @@ class SparseInt8(Format):
 class SparseFloat(Format):
     """A pruned float weight as it is: the non-zeros of each channel, float32, and their places. Computes in float32.
 
-    Values are held as their bytes, so that no cast of the model touches them. A device without kernels keeps the dense weight: a NaN
-    or inf in x reaches every channel there, on a CPU those that have a weight for it.
+    Values are held as their bytes, so that no cast of the model touches them. A device without kernels keeps the dense weight: a
+    NaN or inf in x reaches every channel there, on a CPU those that have a weight for it.
     """
 
     tag: ClassVar[str] = "sparse-float"

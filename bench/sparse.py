@@ -1,6 +1,6 @@
 """From how many zeros on a pruned layer pays: random weights and really pruned ones, against dense layers, torch's CSR and scipy.
 
-    python bench/sparse.py [--quick] [--csv out.csv] [--plot out.png]
+    python bench/sparse.py [--weights random] [--quick] [--csv out.csv] [--plot out.png]
 
 Prints a table for each weight: random 4096 x 4096, feed-forward layers of MiniLM and SmolLM2 (where their packages are installed;
 `make peers`), pruned by magnitude. Speed-ups are over the dense int8 layer and fp32, interleaved in one process.
@@ -39,34 +39,38 @@ def _smollm() -> nn.Module:
 
 # name -> (model, name of its layer)
 REAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "MiniLM, feed-forward": (_minilm, "encoder.layer.2.intermediate.dense"),
-    "SmolLM2, feed-forward": (_smollm, "model.layers.10.mlp.up_proj"),
+    "minilm": (_minilm, "encoder.layer.2.intermediate.dense"),
+    "smollm": (_smollm, "model.layers.10.mlp.up_proj"),
 }
 
 
-def weights() -> Iterator[tuple[str, Tensor | None]]:
+def weights(names: tuple[str, ...]) -> Iterator[tuple[str, Tensor | None]]:
     """Name and weight; None: random numbers."""
-    yield "random", None
-    for name, (load, fqn) in REAL.items():
+    for name in names:
+        if name == "random":
+            yield name, None
+            continue
+        load, fqn = REAL[name]
         try:
             layer = load().get_submodule(fqn)
         except (MissingData, ImportError) as reason:
             click.echo(f"skipped: {name}: {reason}")
             continue
         assert isinstance(layer, nn.Linear)
-        yield name, layer.weight.detach().float()
+        yield f"{name}, {fqn}", layer.weight.detach().float()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--weights", "names", type=click.Choice(("random", *REAL)), multiple=True, default=("random", *REAL))
 @click.option("--quick", is_flag=True, help="three sparsities and two row counts only")
 @click.option("--threads", type=click.IntRange(1), default=1)
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path), help="write every figure here")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="draw the random weight's speed-ups")
-def main(quick: bool, threads: int, csv_path: Path | None, plot_path: Path | None) -> None:
+def main(names: tuple[str, ...], quick: bool, threads: int, csv_path: Path | None, plot_path: Path | None) -> None:
     """Break-even tables of sparse layers."""
     click.echo(f"{machine_name()}, {threads} thread(s), torch {torch.__version__}, {CAP}\n")
     measured: list[SparseRow] = []
-    for name, weight in weights():
+    for name, weight in weights(names):
         size = (4096, 4096) if weight is None else (weight.shape[1], weight.shape[0])
         bench = SparseBench(size, threads=threads, weight=weight)
         if quick:

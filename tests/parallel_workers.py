@@ -374,6 +374,20 @@ def fsdp2(mesh: DeviceMesh, folder: Path) -> None:
 
 @check(TWO_RANKS)
 @torch.no_grad()
+def fsdp2_sparse(mesh: DeviceMesh, folder: Path) -> None:
+    """Stored tensors of sparse layers are sharded wherever they are long, and gathered whole."""
+    linear = nn.Linear(64, 48)
+    linear.weight[torch.rand(linear.weight.shape) < 0.9] = 0
+    for fmt in (tersor.SparseInt8(), tersor.SparseFloat()):
+        before = nn.Sequential(tersor.QuantLinear.from_linear(linear, fmt))
+        model = fully_shard(copy.deepcopy(before), mesh=mesh)
+        assert model[0].weight_packed.to_local().numel() < before[0].weight_packed.numel()
+        x = torch.randn(8, 64)
+        assert_equal(model(x), before(x))
+
+
+@check(TWO_RANKS)
+@torch.no_grad()
 def fsdp2_mixed_precision(mesh: DeviceMesh, folder: Path) -> None:
     """param_dtype casts the float parameters and leaves tiles and scales alone."""
     before = adapted()

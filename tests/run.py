@@ -164,6 +164,14 @@ def xla(full: bool) -> None:
     pytest(*tests, *chosen, PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", **(SLOW_FLAGS if full else {}))
 
 
+def examples(full: bool) -> None:
+    """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
+    if not full:
+        return
+    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist", "distill_minilm", "tabular"):
+        run(sys.executable, f"bench/{name}.py", "--short")
+
+
 PARTS: dict[str, Callable[[bool], None]] = {
     "install": install,
     "lint": lint,
@@ -175,6 +183,7 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "other_variants": other_variants,
     "no_native": no_native,
     "xla": xla,
+    "examples": examples,
 }
 
 

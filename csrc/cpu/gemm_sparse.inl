@@ -46,7 +46,7 @@ inline int64_t held_offset(const SparseWeights& s, int64_t t) {
 }
 
 template <int kSets, int kRows>
-void store_sparse(const SparseArgs& a, Vi (&sums)[kSets][kRows][kTileVecs]) {
+[[gnu::always_inline]] inline void store_sparse(const SparseArgs& a, Vi (&sums)[kSets][kRows][kTileVecs]) {
 #pragma GCC unroll 8
   for (int s = 1; s < kSets; ++s) {
 #pragma GCC unroll 8

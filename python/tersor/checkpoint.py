@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         "version": __version__,
         "aliases": json.dumps(aliases, sort_keys=True),
     }
-    _write(tensors, metadata, target, folder, overwrite)
+    write_tensors(tensors, metadata, target, folder, overwrite)
 
 
 def load_(
@@ -186,7 +186,7 @@ def _exists(target: str) -> FileExistsError:
     return FileExistsError(f"save: {target} exists; pass overwrite=True to replace it, or choose another name")
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
+def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

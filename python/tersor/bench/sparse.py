@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ DENSE, INT8, FLOAT, FP32 = "int8", "sparse int8", "sparse float", "fp32"
 CSR, CSR_LINEAR, SCIPY = "torch CSR @ x", "F.linear(x, CSR)", "scipy CSR"
 OTHERS = (CSR, CSR_LINEAR, SCIPY)
 PATTERNS = ("unstructured", "16x4", "2:4")
+STYLES = {"unstructured": "-", "16x4": ":"}  # of the plot's lines
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
@@ -122,14 +124,29 @@ class SparseBench:
                 both |= hot_and_cold(calls, evict, self.rounds)
             else:
                 noise = self.noise if self.threads == 1 else None
-                both |= {a: (t, None) for a, t in interleaved(calls, self.rounds, 0.01, noise=noise).items()}
+                slow = {name: timing for name in OTHERS if name in calls and (timing := _if_slow(calls[name]))}
+                fast = {name: f for name, f in calls.items() if name not in slow}
+                times = interleaved(fast, self.rounds, 0.01, noise=noise) | slow
+                both |= {name: (times[name], None) for name in calls}
             for name, (timing, cold) in both.items():
-                times = (both[DENSE][0].best / timing.best, both[FP32][0].best / timing.best)
-                yield SparseRow(k, n, m, pattern, sparsity, name, timing, cold, stored.get(name, float("nan")), *times)
+                ratios = (both[DENSE][0].best / timing.best, both[FP32][0].best / timing.best)
+                yield SparseRow(k, n, m, pattern, sparsity, name, timing, cold, stored.get(name, float("nan")), *ratios)
 
     def _skip(self, reason: str) -> None:
         if reason not in self.skipped:
             self.skipped.append(reason)
+
+
+def _if_slow(f: Callable[[], object], seconds: float = 0.1) -> Timing | None:
+    """Timing of two calls of a contender so slow that rounds of it would take minutes, else None. Some are, a hundredfold."""
+    calls = []
+    for _ in range(2):
+        start = time.perf_counter()
+        f()
+        calls.append(time.perf_counter() - start)
+        if calls[-1] < seconds:
+            return None
+    return Timing(min(calls), max(calls))
 
 
 def with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
@@ -201,18 +218,21 @@ def plot(path: Path, rows: list[SparseRow], title: str) -> None:
     except ImportError:
         raise RuntimeError("--plot needs matplotlib: pip install 'tersor[plot]'") from None
     ms = sorted({r.m for r in rows})
-    figure = Figure(figsize=(4.2 * len(ms), 4.2), layout="constrained")
-    for i, m in enumerate(ms):
-        axes = figure.add_subplot(1, len(ms), i + 1)
-        for key in dict.fromkeys((r.name, r.pattern) for r in rows if r.m == m and r.name != DENSE and r.pattern != "2:4"):
-            series = sorted((r.sparsity, r.times_int8) for r in rows if r.m == m and (r.name, r.pattern) == key)
-            axes.plot(*zip(*series, strict=True), marker="o", markersize=3, label=f"{key[0]}, {key[1]}")
-        axes.axhline(1, color="0.4", linestyle="--", linewidth=1)
+    names = [name for name in dict.fromkeys(r.name for r in rows) if name != DENSE]
+    figure = Figure(figsize=(3.4 * len(ms), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(ms), sharey=True, squeeze=False)[0]
+    for axes, m in zip(panels, ms, strict=True):
+        for i, name in enumerate(names):
+            for pattern, style in STYLES.items():
+                series = sorted((r.sparsity, r.times_int8) for r in rows if (r.m, r.name, r.pattern) == (m, name, pattern))
+                if series and not (name == FP32 and pattern != "unstructured"):  # knows nothing of zeros
+                    label = f"{name}, {pattern}" if name != FP32 else FP32
+                    axes.plot(*zip(*series, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=label)
+        axes.axhline(1, color="0.4", linewidth=1)
         axes.set_yscale("log")
         axes.set_title(f"M = {m}", fontsize=9)
         axes.set_xlabel("share of zeros")
-        if i == 0:
-            axes.set_ylabel("times dense int8")
-            axes.legend(fontsize=7)
+    panels[0].set_ylabel("times dense int8")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)

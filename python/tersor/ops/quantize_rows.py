@@ -46,7 +46,7 @@ def _check(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
     return empty_rows(x)
 
 
-@op("(Tensor x, Tensor? absmax=None) -> (Tensor, Tensor, Tensor)", check=_check, kernels=("quantize_x",), rows=2)
+@op("(Tensor x, Tensor? absmax=None) -> (Tensor, Tensor, Tensor)", check=_check, kernels=("quantize_x",), rows=2, out=True)
 def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token symmetric int8: q = rint(clamp(x * 127/absmax, -127, 127)), scale = absmax * (1/127f), ties to even.
 

@@ -30,9 +30,10 @@ from .tiles import TILE_BYTES, TILE_N, ceil_div, pack, packed_shape, unpack
 MASK_SLACK = 64
 WINDOW_K, WINDOW_STEP = 128, 32
 _PER_ENTRY = 4  # values of a channel in an entry of a window
-# Windows run at about two thirds of the speed of as many bytes of tiles where rows are many; below this share of the dense bytes
-# they are the faster ones all the same. bench/sparse.py.
-_FAST_SHARE = 0.6
+# Up to this share of the dense bytes tiles and windows are faster than masks at every number of rows, though masks are smaller: a
+# byte of tiles takes as long as a dense one, one of windows 1 (one row) to 1.5 times as long, and masks take 2 (one row) to 1.35
+# times the dense layer, whatever they leave out. bench/sparse.py.
+_FAST_SHARE = 0.85
 
 
 class Parts(NamedTuple):

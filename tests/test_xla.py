@@ -58,10 +58,14 @@ def test_every_op_gives_what_its_reference_gives(env, name: str, jit: bool):
     want = want if isinstance(want, tuple) else (want,)
     got = called(env, ops.OPS[name], args, jit)
     for g, w in zip(got, want, strict=True):
-        if name in EXACT or not w.is_floating_point():
+        if name in EXACT:
             assert_equal(g, w)
             continue
         assert g.dtype == w.dtype
+        if not w.is_floating_point():
+            # int8 rows of a float result, which may lie on either side of a tie, and their sums
+            assert (g.int() - w.int()).abs().amax() <= (1 if w.dtype == torch.int8 else 2)
+            continue
         # Class E and F with inputs of about 1 and weights below 2.7: sums of 96 terms at most, and XLA may contract to fma. An
         # activation has slope at most 1.13, and epilogue_bound of its own (float32, or the bfloat16 of linear_s8).
         scale = w.double().abs().amax() + 1

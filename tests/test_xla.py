@@ -27,7 +27,7 @@ EPS32 = EPS[torch.float32]
 # Every format; the share of weights that are not zero decides how SparseInt8 is stored.
 LAYERS = [(fmt, None) for fmt in FORMATS if not isinstance(fmt, tersor.SparseInt8)]
 LAYERS += [(tersor.SparseInt8(), 1.0), (tersor.SparseInt8(), 0.5), (tersor.SparseInt8(), 0.1), (SPARSE_FLOAT, 0.2)]
-STORAGE = {1.0: "tiles", 0.5: "masks", 0.1: "windows"}
+STORAGE = {1.0: "tiles", 0.1: "windows"}  # masks: test_xla_ops.py
 
 
 def linear(k: int, n: int, density: float | None) -> nn.Linear:
@@ -37,7 +37,7 @@ def linear(k: int, n: int, density: float | None) -> nn.Linear:
     return layer
 
 
-def test_layers_cover_each_storage_of_sparse_int8():
+def test_layers_cover_the_chosen_storages_of_sparse_int8():
     for density, storage in STORAGE.items():
         layer = tersor.QuantLinear.from_linear(linear(70, 37, density), tersor.SparseInt8())
         assert storage_of(layer.weight_packed, layer.weight_index) == storage
@@ -203,7 +203,11 @@ def test_a_layer_made_there_is_the_one_made_here(env, fmt):
         assert there.plain
         there.to("cpu")
     for name, t in here.state_dict().items():
-        assert_equal(there.state_dict()[name], t)
+        got = there.state_dict()[name]
+        if isinstance(fmt, tersor.Ternary | tersor.Binary) and name == "weight_scale":  # a mean of 96 terms, in any order
+            assert_within(got, t, 2 * (96 + 2) * EPS32 * t.double())
+        else:
+            assert_equal(got, t)
 
 
 @pytest.mark.parametrize(("fmt", "density"), LAYERS, ids=str)

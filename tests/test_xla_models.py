@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import assert_within
 from torch import nn
-from xla_common import JIT, env, jax, torchax, xla  # noqa: F401
+from xla_common import JIT, env, jax, torchax, xla
 
 import tersor
 

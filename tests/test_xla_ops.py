@@ -10,7 +10,7 @@ import torch
 from cases import EPS, INPUT_SCALE, Case, GroupedCase, assert_equal, assert_within, epilogue_bound
 from test_sparse import STORAGES, pruned
 from torch import Tensor
-from xla_common import JIT, called, env, jax, on_jax, xla  # noqa: F401
+from xla_common import JIT, called, env, jax, on_jax, xla
 
 import tersor.ops as ops
 from tersor.ops import sparse_storage

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from xla_common import jax, xla  # noqa: F401
+from xla_common import jax, xla
 
 import tersor
 

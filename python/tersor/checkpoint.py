@@ -88,7 +88,7 @@ def load_(
     inner = _unwrapped(model)
     if any(p.device.type == "jax" for p in inner.parameters()):
         raise ValueError(
-            'load_: the model is on a JAX device; load it on the CPU, outside of the environment of torchax, then call .to("jax")'
+            'load_: the model is on a JAX device; load it on the CPU, outside torchax\'s environment, then call .to("jax")'
         )
     # No inference tensor may enter the model, and no default device may apply to what is read.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):

@@ -29,7 +29,7 @@ def is_plain_device(device: torch.device) -> bool:
 
 
 def ready(device: torch.device) -> None:
-    """The ops are to run on `device`: registers what they need there. torchax is imported, or there would be no device "jax"."""
+    """The ops are to run on `device`: registers what they need there. On "jax" torchax is imported: it makes that device."""
     if device.type == "jax":
         importlib.import_module("tersor.backends.xla").register()
 
@@ -84,7 +84,7 @@ def other_than_stored(layer: QuantLinear) -> dict[str, Tensor] | None:
 
 @contextlib.contextmanager
 def _without_modes(stored: dict[str, Tensor]) -> Iterator[None]:
-    """Within, torch is itself where all tensors are the CPU's: a backend's mode, such as torchax's environment, may give some of
+    """Within, torch is itself where all tensors are the CPU's: a backend's mode, such as torchax's environment, may give tensors of
     its own for what is made from them."""
     if all(type(t) is Tensor and t.device.type == "cpu" for t in stored.values()):
         with torch.utils._mode_utils.no_dispatch(), torch._C.DisableTorchFunction():

@@ -40,7 +40,7 @@ def int_matmul(x_s8: Tensor, w_s8: Tensor) -> Tensor:
 
 
 def float_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x [M, K] float times w [N, K] int8 or float32, transposed -> float32 [M, N]; sums in float32 under autocast too."""
+    """x [M, K] float times w [N, K] int8 or float32, transposed -> float32 [M, N]: float32 products and sums, autocast or not."""
     if x.device.type in ON_DEVICE:
         return ON_DEVICE[x.device.type].float_matmul(x, w)
     with torch.autocast(x.device.type, enabled=False):

@@ -77,7 +77,29 @@ def cuda(full: bool) -> None:
     if shutil.which("nvcc") is None:
         print("skipped: no nvcc in PATH, so the kernels are not compiled for GPUs", flush=True)
         return
-    run(sys.executable, "tests/cuda_build.py", *([] if full else ["80", "90a"]))
+    # Instructions are counted with --full only: the tools for it are a download.
+    tools = BUILD / "cuobjdump"
+    if full:
+        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", "-r", "tests/requirements_cuda.txt", "--target", tools)
+    counted = ("--cuobjdump", tools / "nvidia" / "cu13" / "bin") if full else ("80", "90a")
+    run(sys.executable, "tests/cuda_build.py", *counted)
+    cuda_binding(full)
+
+
+def cuda_binding(full: bool) -> None:
+    """The torch ops on CUDA, which the plain install leaves out on a torch without CUDA: built, loaded and called here too."""
+    folder, package = BUILD / "cuda", BUILD / "cuda" / "python" / "tersor"
+    targets = () if full else ("-DTERSOR_CUDA_ARCHITECTURES=80-real",)
+    options = ("-DTERSOR_NUMPY=OFF", "-DTERSOR_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", *targets)
+    run(BIN / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "--log-level=WARNING", *options)
+    run(BIN / "cmake", "--build", folder, "--target", "_torch_cuda", "--", "--quiet")
+    where = "import importlib.util as u; print(*u.find_spec('tersor').submodule_search_locations)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=BUILD, capture_output=True, text=True, check=True)
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "python" / "tersor", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for library in (*Path(found.stdout.strip()).glob("*.so"), folder / "_torch_cuda.so"):
+        shutil.copy(library, package)
+    pytest("tests/test_cuda.py", "tests/test_gpu.py", PYTHONPATH=str(package.parent))
 
 
 def sanitizers(full: bool) -> None:
@@ -205,13 +227,25 @@ def no_native(full: bool) -> None:
 
 def xla(full: bool) -> None:
     """The references through torchax on JAX CPU, and compiled for TPUs; torchax and libtpu go into a folder of their own."""
+    folder = BUILD / "xla"
+    if full:
+        packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
+        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
+    elif not (folder / "torchax").is_dir():
+        print("skipped: no torchax in build/xla; make test-xla installs it", flush=True)
+        return
+    # A process of their own: torchax changes torch's devices for good. The TPU compiler and MiniLM op by op take minutes.
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_xla*.py"))
+    chosen = ("-m", "xla" if full else "xla and not slow and not tpu_aot")
+    pytest(*tests, *chosen, PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", **(SLOW_FLAGS if full else {}))
+
+
+def examples(full: bool) -> None:
+    """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
     if not full:
         return
-    folder = BUILD / "xla"
-    packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
-    run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
-    # A process of their own: torchax changes torch's devices for good.
-    pytest("tests/test_xla.py", "tests/test_xla_tpu.py", PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist", "distill_minilm", "tabular"):
+        run(sys.executable, f"bench/{name}.py", "--short")
 
 
 PARTS: dict[str, Callable[[bool], None]] = {
@@ -228,6 +262,7 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "older_cpus": older_cpus,
     "no_native": no_native,
     "xla": xla,
+    "examples": examples,
 }
 
 

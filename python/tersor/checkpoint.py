@@ -20,7 +20,7 @@ from . import __version__
 from .formats import LAYOUT_VERSION
 from .load_plan import TAG, LoadPlan, Source, identity, is_sharded, listed, split
 from .nn import QuantLinear
-from .plain import tiles_of
+from .plain import other_than_stored
 from .swap import settle
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         "version": __version__,
         "aliases": json.dumps(aliases, sort_keys=True),
     }
-    _write(tensors, metadata, target, folder, overwrite)
+    write_tensors(tensors, metadata, target, folder, overwrite)
 
 
 def load_(
@@ -86,6 +86,10 @@ def load_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_: model is {type(model).__name__}, expected an nn.Module")
     inner = _unwrapped(model)
+    if any(p.device.type == "jax" for p in inner.parameters()):
+        raise ValueError(
+            'load_: the model is on a JAX device; load it on the CPU, outside of the environment of torchax, then call .to("jax")'
+        )
     # No inference tensor may enter the model, and no default device may apply to what is read.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         LoadPlan(inner, _open(path_or_state_dict, mmap), strict).apply()
@@ -101,11 +105,12 @@ def load_(
 
 
 def _state_in_tiles(model: nn.Module) -> Mapping[str, Any]:
-    """The state_dict, with tiles where a layer on a device without kernels has rows."""
+    """The state_dict, with what files hold where a layer has another form on its device."""
     state = model.state_dict()
     for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.plain:
-            state.update({f"{path}.{name}" if path else name: t for name, t in tiles_of(module).items()})
+        tiles = other_than_stored(module) if isinstance(module, QuantLinear) else None
+        if tiles is not None:
+            state.update({f"{path}.{name}" if path else name: t for name, t in tiles.items()})
     return state
 
 
@@ -182,7 +187,7 @@ def _exists(target: str) -> FileExistsError:
     return FileExistsError(f"save: {target} exists; pass overwrite=True to replace it, or choose another name")
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
+def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -13,7 +13,8 @@ from . import ops
 from .format_base import Format, Stored, TensorSpec
 from .ops import sparse_storage
 from .ops.linear_sparse_float import MAX_K as MAX_FLOAT_K
-from .ops.linear_sparse_float import FloatParts, check_float_structure, pack_sparse_float, sparse_float_rows
+from .ops.linear_sparse_float import FloatParts, check_float_structure, linear_float, pack_sparse_float, sparse_float_rows
+from .ops.sparse_pairs import is_24
 from .ops.tiles import TILE_N, ceil_div
 from .weights import row_blocks
 
@@ -23,7 +24,8 @@ class SparseInt8(Format):
     """Int8Dynamic of a pruned weight, equal to it bit for bit, with the zeros left out.
 
     What is stored follows from where the zeros are (ops/sparse_storage.py): the 16 x 4 tiles that hold anything (blocks), windows
-    of positions and values (unstructured, 70 % zeros and more), or a mask for each tile beside its non-zeros (in between).
+    of positions and values (unstructured, 70 % zeros and more), or a mask for each tile beside its non-zeros (in between). A weight
+    with two values in every four k (NM(2, 4)) is stored for sparse tensor cores while it is on a GPU; files never hold that.
     """
 
     tag: ClassVar[str] = "sparse-int8"
@@ -61,19 +63,40 @@ class SparseInt8(Format):
         return {**sparse_storage.pack_sparse(values)._asdict(), "weight_scale": scale}
 
     def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
-        parts = (stored["weight_packed"], stored["weight_index"], stored["weight_offset"])
-        return sparse_storage.sparse_rows(*parts, n, k) * stored["weight_scale"].unsqueeze(1)
+        return _values(stored, n, k) * stored["weight_scale"].unsqueeze(1)
+
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return self.dense().plain_tensors(n, k)
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {"weight_packed": _values(stored, n, k), "weight_scale": stored["weight_scale"]}
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {**sparse_storage.pack_sparse(plain["weight_packed"])._asdict(), "weight_scale": plain["weight_scale"]}
 
     def dense(self) -> Format:
         from .formats import Int8Dynamic  # which imports this module
 
         return Int8Dynamic()
 
+    def on_device(self, stored: Mapping[str, Tensor], device: str, n: int, k: int) -> dict[str, Tensor] | None:
+        parts = sparse_storage.Parts(*(stored[name] for name in sparse_storage.Parts._fields))
+        pairs = sparse_storage.storage_of(parts.weight_packed, parts.weight_index) == "pairs"
+        if pairs == (device == "cuda"):
+            return None
+        rows = sparse_storage.sparse_rows(*parts[:3], n, k)
+        if device == "cuda" and not is_24(rows):
+            return None
+        packed = sparse_storage.pack_sparse(rows, "pairs" if device == "cuda" else None)
+        return {**stored, **packed._asdict()}
+
     def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:
         parts = sparse_storage.Parts(*(stored[name] for name in sparse_storage.Parts._fields))
         sparse_storage.check_structure(repr(self), parts, n, k)
 
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        if "weight_index" not in parameters:  # the plain form
+            return self.dense().linear(x, parameters, buffers, bias)
         return self.op(
             x,
             parameters["weight_packed"],
@@ -89,7 +112,8 @@ class SparseInt8(Format):
 class SparseFloat(Format):
     """A pruned float weight as it is: the non-zeros of each channel, float32, and their places. Computes in float32.
 
-    Values are held as their bytes, so that no cast of the model touches them.
+    Values are held as their bytes, so that no cast of the model touches them. A device without kernels keeps the dense weight: a
+    NaN or inf in x reaches every channel there, on a CPU those that have a weight for it.
     """
 
     tag: ClassVar[str] = "sparse-float"
@@ -116,10 +140,30 @@ class SparseFloat(Format):
         return pack_sparse_float(rows)._asdict()
 
     def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        if "weight_index" not in stored:  # the plain form
+            return stored["weight_packed"]
         return sparse_float_rows(stored["weight_packed"], stored["weight_index"], stored["weight_offset"], k)
+
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("weight_packed", torch.float32, (n, k), True, 1),)
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {"weight_packed": self.dequantize(stored, n, k)}
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return self.quantize(plain["weight_packed"])
 
     def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:
         check_float_structure(repr(self), FloatParts(*(stored[name] for name in FloatParts._fields)), n, k)
 
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        if "weight_index" not in parameters:  # the plain form
+            return linear_float(x, parameters["weight_packed"], bias)
         return self.op(x, parameters["weight_packed"], parameters["weight_index"], parameters["weight_offset"], bias)
+
+
+def _values(stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+    """int8 [N, K] of a SparseInt8 layer in either form."""
+    if "weight_index" not in stored:
+        return stored["weight_packed"]
+    return sparse_storage.sparse_rows(stored["weight_packed"], stored["weight_index"], stored["weight_offset"], n, k)

@@ -12,6 +12,7 @@ from torch._C import _get_tracing_state, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from .. import native
 from .transforms import vmap_rule
 
 NAMESPACE = "tersor"
@@ -36,6 +37,7 @@ class Op:
                one call, 0: none
     arguments  names of the arguments
     inference  there is no gradient: a call that would need one is refused
+    out        the overload that writes to given tensors, for graphs that plan their memory; None: there is none
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Op:
         autocast: bool,
         rows: int,
         inference: bool,
+        out: bool,
     ) -> None:
         self.name = name
         self.public_name = name.removesuffix(TWIN)  # in messages
@@ -71,7 +74,26 @@ class Op:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", functools.partial(vmap_rule, self), lib=library)
         self.raw = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.arguments = tuple(argument.name for argument in self.raw._schema.arguments)
+        self.out = self._define_out() if out else None
         self.row_arguments = {*range(rows), *(i for i, name in enumerate(self.arguments) if name == "residual")}
+
+    def _define_out(self) -> Any:
+        """`name.out`: the same arguments, then contiguous tensors for the results, which must overlap nothing that is read."""
+        returns = self.raw._schema.returns
+        given = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(len(returns)))
+        library.define(f"{self.name}.out{self.schema[: self.schema.rindex(')', 0, self.schema.index('->'))]}, *, {given}) -> ()")
+
+        def write(*args: Any, **outs: Tensor) -> None:
+            made = self.reference(*args)
+            for out, value in zip(outs.values(), (made,) if isinstance(made, Tensor) else made, strict=True):
+                out.copy_(value)
+
+        def check(*args: Any, **outs: Tensor) -> None:
+            self.check(*args)
+
+        library.impl(f"{self.name}.out", write, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}.out", check, lib=library)
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raw = self.raw
@@ -93,7 +115,9 @@ class Op:
             except Exception as reason:
                 # An accident of the rule itself, on a None or a str where a number belongs, explains less than torch's own error.
                 # A RuntimeError is torch's too: how much memory the result would take.
-                if isinstance(reason, RuntimeError) or (isinstance(reason, ValueError | TypeError) and ": " in str(reason)):
+                # Not that a device of this torch has no memory to give, which the kernel has said better.
+                memory = isinstance(reason, RuntimeError) and not isinstance(reason, NotImplementedError)
+                if memory or (isinstance(reason, ValueError | TypeError) and ": " in str(reason)):
                     raise reason from None
             raise
 
@@ -121,6 +145,27 @@ class Op:
         return op_by_name, (self.name,)
 
 
+def has_cuda_kernel(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+
+
+def serve_on_cuda(op: Op, kernel: Callable[..., Any] | None = None) -> None:
+    """What a CUDA tensor gets where no kernel is registered for it: `kernel`, or where there is none or it returns NotImplemented
+    the reference, which is said once."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = NotImplemented if kernel is None else kernel(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        native.warn_once(
+            f"tersor: {op.name} has no CUDA kernel for these tensors in this installation; on the GPU it runs as its plain-torch "
+            "reference, exact but slow (tersor.info() lists what has one)"
+        )
+        return op.reference(*args, **kwargs)
+
+    library.impl(op.name, run, "CUDA")
+
+
 def op_by_name(name: str) -> Op:
     return OPS[name]
 
@@ -132,14 +177,15 @@ def op(
     autocast: bool = False,
     rows: int = 1,
     inference: bool = False,
+    out: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: `schema` is the part after the name, as in torch.library; `check` is the shape rule; `autocast` says that the
     first argument and the result are activations, so that the result takes the autocast dtype; `rows` is how many of the first
-    arguments have leading dims, `inference` that there is no gradient (see Op)."""
+    arguments have leading dims, `inference` that there is no gradient, `out` that there is an overload `.out` (see Op)."""
 
     def define(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
-        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows, inference)
+        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows, inference, out)
         return OPS[name]
 
     return define

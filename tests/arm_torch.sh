@@ -12,7 +12,7 @@ bin=$(dirname "$python")
 root=$folder/root site=$folder/site
 libraries="libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libsqlite3-0 libcrypt1 libuuid1
   libncursesw6 libtinfo6 libreadline8 libgomp1"
-wheels="numpy typing_extensions sympy==1.13.3 mpmath networkx jinja2 MarkupSafe filelock fsspec safetensors pytest iniconfig pluggy
+wheels="numpy typing_extensions sympy==1.13.3 mpmath networkx jinja2 MarkupSafe filelock fsspec safetensors pytest hypothesis sortedcontainers iniconfig pluggy
   packaging pygments rich click markdown-it-py mdurl"
 
 if [ ! -e "$folder/.ready" ]; then

@@ -59,11 +59,11 @@ install: $(VENV)/.ready
 	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall .
 
 fmt: $(VENV)/.ready
-	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q . ; $(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
+	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q . ; $(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' 'tests/emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' 'tests/emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
 
 wheel: $(VENV)/.ready
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
-from minilm import model_bytes
 from prune_minilm import calibration
 from rich.console import Console
 from rich.progress import Progress
@@ -29,7 +28,9 @@ QUERIES, CALIBRATION = 2200, 400
 FLOAT, DYNAMIC, STATIC, SPARSE = "float32", "Int8Dynamic", "Int8Static, percentile", "SparseInt8, 50 % by SparseGPT"
 INT4 = {32: "Int4(32)", 128: "Int4(128)"}
 GPTQ = {32: "Int4(32), GPTQ", 128: "Int4(128), GPTQ"}
-NAMES = (FLOAT, DYNAMIC, STATIC, *INT4.values(), *GPTQ.values(), SPARSE)
+DEPTHS = {f"{depth} of 6 blocks, untrained": depth for depth in (5, 4, 3)}
+HALF = "half the inner width, untrained"
+NAMES = (FLOAT, DYNAMIC, STATIC, *INT4.values(), *GPTQ.values(), SPARSE, *DEPTHS, HALF)
 
 
 def variants(fp32: nn.Module, calls: list[Any]) -> dict[str, Callable[[], nn.Module]]:
@@ -48,7 +49,10 @@ def variants(fp32: nn.Module, calls: list[Any]) -> dict[str, Callable[[], nn.Mod
         DYNAMIC: lambda: tersor.quantize_(copy.deepcopy(fp32), tersor.Int8Dynamic()),
         STATIC: static,
         SPARSE: pruned,
+        HALF: lambda: tersor.shrink(fp32, width=0.5, inputs=calls),
     }
+    for name, depth in DEPTHS.items():
+        found[name] = lambda depth=depth: tersor.shrink(fp32, depth=depth, inputs=calls)  # type: ignore[misc]
     for size in INT4:
         found[INT4[size]] = lambda size=size: tersor.quantize_(copy.deepcopy(fp32), tersor.Int4(size))  # type: ignore[misc]
         found[GPTQ[size]] = lambda size=size: tersor.gptq_(copy.deepcopy(fp32), tersor.Int4(size), calls)  # type: ignore[misc]
@@ -61,6 +65,8 @@ def run(
     """(how each ranks, the bytes of each). FLOAT must come first. Raises MissingData."""
     from glosses import load_glosses, ranking
     from minilm_model import Texts, evaluate, load_model
+
+    from tersor.comparison import model_bytes
 
     fp32 = load_model()
     glosses = load_glosses(queries + CALIBRATION)
@@ -85,15 +91,16 @@ def removed(rankings: dict[str, Ranking], size: int) -> float:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--queries", type=click.IntRange(1), default=QUERIES, help="Definitions, and nouns to find them among.")
 @click.option("--short", is_flag=True, help="Few queries and the main rows: shows that it runs, not the figures.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Threads of torch.")
-def main(short: bool, threads: int) -> None:
+def main(queries: int, short: bool, threads: int) -> None:
     """Retrieval by all-MiniLM-L6-v2 in each format. Ten minutes or so."""
     cap_peers()
     import torch
     from minilm_model import MissingData
 
-    queries, names = (200, (FLOAT, DYNAMIC, STATIC)) if short else (QUERIES, NAMES)
+    queries, names = (200, (FLOAT, DYNAMIC, STATIC)) if short else (queries, NAMES)
     try:
         with torch_threads(threads), Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("", total=len(names))

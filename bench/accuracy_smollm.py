@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-from minilm import model_bytes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -92,6 +91,8 @@ def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.
 def run(windows: int = WINDOWS, names: Iterable[str] = NAMES, on_row: Callable[[str], None] | None = None) -> dict[str, Row]:
     """Rows by name. Raises MissingData or ImportError where the model or the books are absent."""
     from smollm_model import load_chapter, load_model
+
+    from tersor.comparison import model_bytes
 
     fp32, tokenizer = load_model()
     ids = load_chapter(tokenizer, windows * WINDOW).view(windows, WINDOW)

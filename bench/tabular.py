@@ -246,8 +246,9 @@ def main(steps: int, short: bool, threads: int, rounds: int) -> None:
     """Late flights by an MLP in each format. A few minutes."""
     cap_peers()
     import torch
-    from minilm import model_bytes
     from minilm_model import MissingData
+
+    from tersor.comparison import model_bytes
 
     steps = 40 if short else steps
     try:

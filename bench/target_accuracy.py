@@ -41,6 +41,11 @@ def removed(size: int) -> float:
     return minilm.removed(rankings(), size)
 
 
+def kept_of_recall(name: str) -> float:
+    """Share of the float model's R@1 that an untrained student has; chance is nothing."""
+    return rankings()[name].recall_at_1() / rankings()[minilm.FLOAT].recall_at_1()
+
+
 def points_lost(name: str) -> float:
     return -rankings()[name].against(rankings()[minilm.FLOAT])[0]
 

@@ -28,8 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("native") and not ops.NATIVE:
             item.add_marker(pytest.mark.skip(reason="no native kernels in this installation"))
+        if item.get_closest_marker("gpu") and (reason := no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("slow") and not slow:
             item.add_marker(pytest.mark.skip(reason="slow: set TERSOR_SLOW=1, or make test-full"))
+
+
+def no_gpu() -> str:
+    """Why nothing can run on a GPU here; "" where it can."""
+    if torch.version.cuda is None:
+        return "gpu: this torch is a build without CUDA"
+    if not torch.cuda.is_available():
+        return "gpu: torch sees no CUDA device"
+    return "" if ops.NATIVE_CUDA else "gpu: this installation has no CUDA kernels; build with TERSOR_CUDA=ON"
 
 
 @pytest.fixture(autouse=True)

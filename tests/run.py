@@ -44,17 +44,21 @@ def lint(full: bool) -> None:
     run(BIN / "ruff", "check", "-q", ".")
     run(BIN / "ruff", "format", "-q", "--check", ".")
     files = subprocess.run(
-        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*", "tests/emulator/*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     sources = [f for f in files.stdout.split() if f.endswith((".cpp", ".h", ".inl", ".cu", ".cuh"))]
     run(BIN / "clang-format", "--dry-run", "-Werror", *sources)
     run(BIN / "mypy")
 
 
-def build_cpp(folder: Path, *options: str) -> None:
+def build_cpp(folder: Path, *options: str, target: str = "all") -> None:
     common = ("-DTERSOR_TORCH=OFF", "-DTERSOR_NUMPY=OFF", "-DTERSOR_CPP_TESTS=ON")
     run(BIN / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "--log-level=WARNING", *common, *options)
-    run(BIN / "cmake", "--build", folder, "--", "--quiet")
+    run(BIN / "cmake", "--build", folder, "--target", target, "--", "--quiet")
 
 
 def cpp(full: bool) -> None:
@@ -73,13 +77,36 @@ def cuda(full: bool) -> None:
     if shutil.which("nvcc") is None:
         print("skipped: no nvcc in PATH, so the kernels are not compiled for GPUs", flush=True)
         return
-    run(sys.executable, "tests/cuda_build.py", *([] if full else ["80", "90a"]))
+    # Instructions are counted with --full only: the tools for it are a download.
+    tools = BUILD / "cuobjdump"
+    if full:
+        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", "-r", "tests/requirements_cuda.txt", "--target", tools)
+    counted = ("--cuobjdump", tools / "nvidia" / "cu13" / "bin") if full else ("80", "90a")
+    run(sys.executable, "tests/cuda_build.py", *counted)
+    cuda_binding(full)
+
+
+def cuda_binding(full: bool) -> None:
+    """The torch ops on CUDA, which the plain install leaves out on a torch without CUDA: built, loaded and called here too."""
+    folder, package = BUILD / "cuda", BUILD / "cuda" / "python" / "tersor"
+    targets = () if full else ("-DTERSOR_CUDA_ARCHITECTURES=80-real",)
+    options = ("-DTERSOR_NUMPY=OFF", "-DTERSOR_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", *targets)
+    run(BIN / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "--log-level=WARNING", *options)
+    run(BIN / "cmake", "--build", folder, "--target", "_torch_cuda", "--", "--quiet")
+    where = "import importlib.util as u; print(*u.find_spec('tersor').submodule_search_locations)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=BUILD, capture_output=True, text=True, check=True)
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "python" / "tersor", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for library in (*Path(found.stdout.strip()).glob("*.so"), folder / "_torch_cuda.so"):
+        shutil.copy(library, package)
+    pytest("tests/test_cuda.py", "tests/test_gpu.py", PYTHONPATH=str(package.parent))
 
 
 def sanitizers(full: bool) -> None:
     """The same kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     folder = BUILD / "cpp-sanitized"
-    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined")
+    # avx_vnni too, where the CPU has the other form of its instruction.
+    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined", "-DTERSOR_EVEX_VNNI=ON")
     run(folder / "kernel_tests", *(["--fuzz", "2000"] if full else []))
 
 
@@ -121,6 +148,55 @@ def fuzz(full: bool) -> None:
         raise
     if files.wait():
         raise subprocess.CalledProcessError(files.returncode, "tests/fuzz_files.py")
+
+
+def missing_tools(*names: str) -> bool:
+    missing = [name for name in names if shutil.which(name) is None]
+    if missing:
+        print(f"skipped: no {', no '.join(missing)} in PATH (Debian: g++-aarch64-linux-gnu, qemu-user-static)", flush=True)
+    return bool(missing)
+
+
+def arm(full: bool) -> None:
+    """The kernel tests on aarch64, cross-compiled and run by qemu; with --full on cores that lack what the best variant uses, and
+    the op tests under an aarch64 torch."""
+    if missing_tools("aarch64-linux-gnu-g++", "qemu-aarch64-static"):
+        return
+    folder = BUILD / "arm"
+    options = ("SYSTEM_NAME=Linux", "SYSTEM_PROCESSOR=aarch64", "CXX_COMPILER=aarch64-linux-gnu-g++", "EXE_LINKER_FLAGS=-static")
+    build_cpp(folder, *(f"-DCMAKE_{option}" for option in options), target="kernel_tests")
+    tests = [[]] if full else [["--only", name] for name in ("digest", "dispatch", "gemm_s32_blocks", "xnor_split", "sparse_int8")]
+    for cpu in ("max", "a64fx", "cortex-a76", "cortex-a72") if full else ("max",):
+        for only in tests:
+            run("qemu-aarch64-static", "-cpu", cpu, folder / "kernel_tests", "--fuzz", "20", *only)
+    if full:
+        run("tests/arm_torch.sh", sys.executable)
+
+
+def amx(full: bool) -> None:
+    """The op tests with AMX kernels, on an emulator of its instructions where the CPU lacks them."""
+    if not full:
+        return  # the kernel tests run on the emulator too
+    emulator = BUILD / "cpp" / "libtersor_emulator.so"
+    if "avx512_icl" not in variants() or not emulator.exists():
+        print("skipped: the emulator needs the AVX-512 that AMX comes with, and the part cpp", flush=True)
+        return
+    # pytest's own handler of SIGILL would take the place of the emulator's.
+    pytest("-p", "no:faulthandler", "tests/test_exact.py", LD_PRELOAD=str(emulator), TERSOR_ISA="amx_int8")
+
+
+def older_cpus(full: bool) -> None:
+    """x86 CPUs without AVX-512 and without AVX, under qemu, which traps what they lack: Python, torch and the kernels."""
+    if not full or missing_tools("qemu-x86_64-static"):
+        return
+    layer = "tersor.nn.QuantLinear.from_linear(torch.nn.Linear(70, 33), tersor.Int8Dynamic())(torch.ones(5, 70))"
+    code = f"import tersor, torch; served = tersor.info().kernels['gemm_w8']; print(served, {layer}.shape)"
+    for cpu, isa in (("Haswell", "avx2"), ("Nehalem", "sse41"), ("Nehalem", "scalar")):
+        emulator = ("qemu-x86_64-static", "-cpu", cpu)
+        # Not those that read floats up to a page's end: qemu 7.2 reads a whole vector there for AVX2, the CPU does not.
+        run(*emulator, BUILD / "cpp" / "kernel_tests", "--only", "gemm_s32")
+        run(*emulator, sys.executable, "-c", f"{code}; assert served == '{isa}'", TERSOR_ISA=isa)
+    run("qemu-x86_64-static", "-cpu", "Haswell", sys.executable, "-m", "pytest", "tests/test_exact.py", "-k", "not variants_agree")
 
 
 def variants() -> list[str]:
@@ -178,9 +254,12 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "cpp": cpp,
     "cuda": cuda,
     "sanitizers": sanitizers,
+    "arm": arm,
     "fuzz": fuzz,
     "suite": suite,
     "other_variants": other_variants,
+    "amx": amx,
+    "older_cpus": older_cpus,
     "no_native": no_native,
     "xla": xla,
     "examples": examples,

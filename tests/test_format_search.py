@@ -204,6 +204,15 @@ def test_bisection_finds_the_fastest_point_of_the_path(known_speed, monkeypatch,
     assert found.chosen.layers_s == min(want)
 
 
+def test_damage_may_be_measured_on_other_inputs(known_speed, monkeypatch):
+    seen = []
+    original = mixes.output_judge
+    monkeypatch.setattr(mixes, "output_judge", lambda model, calls: seen.append(calls) or original(model, calls))
+    tersor.search(Model(2), INT8, X, max_drop=1, metric=metric)
+    tersor.search(Model(2), INT8, X, max_drop=1, metric=metric, damage_inputs=[X[:2], X[:5]])
+    assert [[len(args[0]) for args, _ in calls] for calls in seen] == [[12], [2, 5]]
+
+
 def test_frontier_takes_the_steps_that_undo_most_for_their_time():
     # float, a, b of two layers; by rate: layer 1 b -> a (8 / 1), layer 0 b -> a (3 / 1), layer 1 a -> float (1 / 2), layer 0 (1 / 3)
     seconds = [[5.0, 2.0, 1.0], [4.0, 2.0, 1.0]]

@@ -296,6 +296,15 @@ def test_command_writes_all_forms(tmp_path):
     assert Path(files["svg"]).read_text().startswith("<svg")
 
 
+def all_called():
+    return nn.Sequential(nn.Linear(32, 16)), X
+
+
+def test_command_calibrates_static_scales():
+    text = command("--model", "test_report:all_called", "--rounds", "1", "--format", "int8-static")
+    assert float(re.search(r"mean cosine.*?([01]\.\d+)", text).group(1)) > 0.999
+
+
 def test_command_takes_model_and_inputs_from_one_factory():
     assert "SQNR" in command("--model", "test_report:with_inputs", "--rounds", "1", "--no-layers")
 
@@ -306,10 +315,6 @@ def test_command_takes_model_and_inputs_from_one_factory():
         (("--model", "test_report:make"), "no inputs: give --inputs module:factory, or let the factory of --model return"),
         (("--model", "test_report:inputs"), "made list, expected an nn.Module"),
         (("--model", "test_report:with_inputs", "--format", "int7"), "'int7', expected one of: int8-dynamic"),
-        (
-            ("--model", "test_report:with_inputs", "--format", "int8-static"),
-            "'int8-static', expected one of: int8-dynamic, int8-weight",
-        ),
         (("--model", "test_report:absent"), "model 'test_report:absent'"),
         (("--model", "test_report:with_inputs", "--html", "/no/such/folder/a.html"), "cannot be written"),
         (("--model", "test_report:X"), "is Tensor, expected a function"),

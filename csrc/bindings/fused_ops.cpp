@@ -1,6 +1,5 @@
 // Fused torch ops on the CPU: norm_quantize, gated linear units, and layers whose result is int8 rows.
-#include "../core/fused.h"
-#include "torch_layers.h"
+#include "torch_on_cpu.h"
 
 namespace {
 
@@ -24,19 +23,7 @@ Normed norm_quantize(Tensor x, OptionalTensor residual, OptionalTensor weight, O
   const XRows r = dense_rows(kName, x);
   const ScalarType type = x.scalar_type();
   Keep keep;
-  tersor::Norm norm{};
-  norm.K = r.K;
-  norm.eps = static_cast<float>(eps);
-  norm.rms = kind == "rms";
-  if (!norm.rms && kind != "layer") fail(kName, "kind is '", kind, "', expected layer or rms");
-  if (norm.rms && bias) fail(kName, "bias is given, expected None for kind='rms'");
-  auto vector_of = [&](const char* name, const OptionalTensor& t, Dtype* dtype) -> const void* {
-    if (!t) return nullptr;
-    *dtype = float_dtype(kName, name, t->scalar_type());
-    return exact(kName, name, *t, t->scalar_type(), {r.K}, &keep);
-  };
-  norm.weight = vector_of("weight", weight, &norm.weight_dtype);
-  norm.bias = vector_of("bias", bias, &norm.bias_dtype);
+  const tersor::Norm norm = norm_of(kName, r.K, weight, bias, eps, kind, &keep);
   tersor::Rows added{nullptr, r.rows.dtype, 0};
   added.x = residual_of(kName, residual, r.out_sizes, type, &added.ld, &keep);
   Quantized rows = s8_row_results(r.out_sizes);
@@ -61,10 +48,7 @@ struct LayerCall {
   Keep keep;
 
   void add_layer(const Stored& stored, int64_t K, bool glu) {
-    w = weights_of(name, stored, K, &keep);
-    if (glu && w.N % (2 * tersor::kTileN))
-      fail(name, "weight_scale has ", w.N, " channels, expected a multiple of 32: gate and up in turn");
-    w.glu = glu;
+    w = glu ? glu_weights(name, stored, K, &keep) : weights_of(name, stored, K, &keep);
     sizes.back() = glu ? w.N / 2 : w.N;
   }
 };

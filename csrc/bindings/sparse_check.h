@@ -28,6 +28,8 @@ inline SparseWeights sparse_sizes(const char* function, const Sizes& packed, con
   } else if (packed.is({first}) && first >= kMaskSlack && index.is({ceil_div(N, kTileN), ceil_div(K, kTileK8), 8})) {
     s.storage = SparseStorage::masks;
     s.entries = first - kMaskSlack;
+  } else if (packed.dim == 3) {
+    fail(function, "weight_packed is stored for a GPU (pairs); on the CPU use another storage, as .to('cpu') of the layer does");
   } else {
     fail(function, "weight_packed and weight_index do not fit each other, N=", N, " and K=", K);
   }

@@ -1,6 +1,6 @@
 // torch ops of sparse weights on the CPU, as torch_ops.cpp.
 #include "sparse_check.h"
-#include "torch_layers.h"
+#include "torch_on_cpu.h"
 
 namespace {
 

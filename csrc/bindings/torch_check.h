@@ -1,4 +1,5 @@
-// What the torch bindings share: torch tensors as the pointers, sizes and strides that the drivers take.
+// What the torch bindings share: torch tensors as the pointers, sizes and strides that the drivers take. A binding includes
+// torch_on_cpu.h or torch_on_cuda.h, which say where its tensors are.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +11,6 @@
 #include <tuple>
 #include <vector>
 
-#include "../core/huge_pages.h"
 #include "../core/linear.h"
 #include "check.h"
 
@@ -36,8 +36,12 @@ inline Dtype float_dtype(const char* function, const char* name, ScalarType type
   }
 }
 
+// Of the device: raises where t is on another, and fresh memory there.
+void check_place(const char* function, const char* name, const Tensor& t);
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type);
+
 inline void check_plain(const char* function, const char* name, const Tensor& t) {
-  if (!t.is_cpu()) fail(function, name, " is not on the CPU; move every tensor of the call to one device");
+  check_place(function, name, t);
   if (t.layout() != Layout::Strided) fail(function, name, " is sparse; call .to_dense() first");
 }
 
@@ -139,21 +143,24 @@ inline XRows rows_of(const char* function, const Tensor& x) {
   return r;
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-  // Straight to the CPU allocation: half a microsecond less than new_empty's way through the dispatcher.
+// Contiguous strides. May wrap for sizes that no memory holds; torch finds that out from the sizes.
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
-  uint64_t stride = 1;  // may wrap for sizes that no memory holds; torch finds that out from the sizes
+  uint64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? static_cast<uint64_t>(sizes[i]) : 1) {
     strides[i] = static_cast<int64_t>(stride);
   }
+  return strides;
+}
+
+// Straight to the allocation: half a microsecond less than new_empty's way through the dispatcher.
+inline Tensor empty_at(const std::vector<int64_t>& sizes, ScalarType type, int32_t device_type, int32_t index) {
+  const std::vector<int64_t> strides = strides_of(sizes);
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
-  Tensor fresh(made);
-  const int64_t bytes = fresh.numel() * fresh.element_size();
-  if (bytes >= tersor::kFreshBytes) tersor::expect_huge_pages(fresh.const_data_ptr(), bytes);
-  return fresh;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, index, &made));
+  return Tensor(made);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What the torch bindings of layers share: stored tensors, int8 rows and residuals as the drivers take them.
 #pragma once
 
+#include "../core/fused.h"
 #include "torch_results.h"
 
 namespace {
@@ -119,6 +120,32 @@ inline Quantized s8_row_results(const std::vector<int64_t>& sizes) {
   const std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1);
   // One after the other: the order of a braced list is that of the results.
   return {result(sizes, ScalarType::Char), result(lead, ScalarType::Float), result(lead, ScalarType::Int)};
+}
+
+inline tersor::LinearWeights glu_weights(const char* function, const Stored& stored, int64_t K, Keep* keep) {
+  tersor::LinearWeights w = weights_of(function, stored, K, keep);
+  if (w.N % (2 * tersor::kTileN))
+    fail(function, "weight_scale has ", w.N, " channels, expected a multiple of 32: gate and up in turn");
+  w.glu = true;
+  return w;
+}
+
+inline tersor::Norm norm_of(const char* function, int64_t K, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                            const std::string& kind, Keep* keep) {
+  tersor::Norm norm{};
+  norm.K = K;
+  norm.eps = static_cast<float>(eps);
+  norm.rms = kind == "rms";
+  if (!norm.rms && kind != "layer") fail(function, "kind is '", kind, "', expected layer or rms");
+  if (norm.rms && bias) fail(function, "bias is given, expected None for kind='rms'");
+  auto vector_of = [&](const char* name, const OptionalTensor& t, Dtype* dtype) -> const void* {
+    if (!t) return nullptr;
+    *dtype = float_dtype(function, name, t->scalar_type());
+    return exact(function, name, *t, t->scalar_type(), {K}, keep);
+  };
+  norm.weight = vector_of("weight", weight, &norm.weight_dtype);
+  norm.bias = vector_of("bias", bias, &norm.bias_dtype);
+  return norm;
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // torch ops on the CPU, through LibTorch's stable ABI: check, allocate, fill the arguments, call the driver. Schemas, fake kernels
 // and references are in python/tersor/ops; each name here has one there.
 #include "../core/parallel.h"
-#include "torch_layers.h"
+#include "torch_on_cpu.h"
 
 namespace {
 

@@ -16,6 +16,7 @@ struct Repair {
 };
 
 // y = act(((f32(acc) * scale[m]) * weight_scale[n]) + bias[n]) + residual[m][n], rounded to y_dtype; s32: acc.
+// glu: channels are gate and up in runs of 16, y[m][16 i + j] = act(both[m][32 i + j]) * both[m][32 i + 16 + j], both before act.
 struct Epilogue {
   Repair repair;
   const int32_t* row_sum;     // [M]
@@ -27,6 +28,7 @@ struct Epilogue {
   int64_t ldr, ldy;           // elements
   Dtype bias_dtype, y_dtype;
   Activation activation;
+  bool glu;
 };
 
 TERSOR_DEVICE float load_as(const void* x, Dtype dtype, int64_t i) {
@@ -97,21 +99,27 @@ TERSOR_DEVICE float activate(Activation a, float x) {
   return x;
 }
 
-// What element (m, n) of y becomes: the bits of a float before rounding to y_dtype, or acc itself. kFloat: raw holds the bits of a
-// float sum over groups that needs no repair.
+// The value of channel n before its activation. kFloat: raw holds the bits of a float sum over groups that needs no repair.
+TERSOR_DEVICE uint32_t repaired(const Epilogue& e, uint32_t raw, int64_t m) {
+  return e.repair.mul * raw - e.repair.row_mul * static_cast<uint32_t>(e.row_sum[m]) + e.repair.constant;
+}
 template <bool kFloat>
-TERSOR_DEVICE uint32_t finish(const Epilogue& e, uint32_t raw, int64_t m, int64_t n) {
+TERSOR_DEVICE float scaled(const Epilogue& e, uint32_t raw, int64_t m, int64_t n) {
   float v;
   if constexpr (kFloat) {
     v = ptx::from_bits(raw);
   } else {
-    const uint32_t acc = e.repair.mul * raw - e.repair.row_mul * static_cast<uint32_t>(e.row_sum[m]) + e.repair.constant;
-    if (e.y_dtype == Dtype::s32) return acc;
-    v = ptx::to_f32(static_cast<int32_t>(acc));
+    v = ptx::to_f32(static_cast<int32_t>(repaired(e, raw, m)));
   }
   v = ptx::mul(ptx::mul(v, e.scale[m]), e.weight_scale[n]);
-  if (e.bias) v = ptx::add(v, load_as(e.bias, e.bias_dtype, n));
-  v = activate(e.activation, v);
+  return e.bias ? ptx::add(v, load_as(e.bias, e.bias_dtype, n)) : v;
+}
+
+// What element (m, n) of y becomes: the bits of a float before rounding to y_dtype, or acc itself.
+template <bool kFloat>
+TERSOR_DEVICE uint32_t finish(const Epilogue& e, uint32_t raw, int64_t m, int64_t n) {
+  if (!kFloat && e.y_dtype == Dtype::s32) return repaired(e, raw, m);
+  float v = activate(e.activation, scaled<kFloat>(e, raw, m, n));
   if (e.residual) v = ptx::add(v, load_as(e.residual, e.y_dtype, m * e.ldr + n));
   return ptx::bits(v);
 }
@@ -127,15 +135,8 @@ TERSOR_DEVICE void store_one(const Epilogue& e, uint32_t v, int64_t m, int64_t n
   }
 }
 
-// Four neighbouring columns in one store where y lies so.
-template <bool kFloat>
-TERSOR_DEVICE void finish_four(const Epilogue& e, uint4 raw, int64_t m, int64_t n, int64_t N) {
-  const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
-  uint32_t v[4] = {};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (n + i < N) v[i] = finish<kFloat>(e, in[i], m, n + i);
-  }
+// v[i] to column n + i of y, in one store where y lies so. N: the columns of y.
+TERSOR_DEVICE void store_four(const Epilogue& e, const uint32_t (&v)[4], int64_t m, int64_t n, int64_t N) {
   const bool wide = e.y_dtype == Dtype::f32 || e.y_dtype == Dtype::s32;
   char* to = static_cast<char*>(e.y) + (m * e.ldy + n) * (wide ? 4 : 2);
   if (n + 4 > N || reinterpret_cast<uintptr_t>(to) % (wide ? 16 : 8) != 0) {
@@ -154,6 +155,33 @@ TERSOR_DEVICE void finish_four(const Epilogue& e, uint4 raw, int64_t m, int64_t 
     }
     *reinterpret_cast<uint2*>(to) = {half[0] | half[1] << 16, half[2] | half[3] << 16};
   }
+}
+
+// Four neighbouring channels, of N.
+template <bool kFloat>
+TERSOR_DEVICE void finish_four(const Epilogue& e, uint4 raw, int64_t m, int64_t n, int64_t N) {
+  const uint32_t in[4] = {raw.x, raw.y, raw.z, raw.w};
+  uint32_t v[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i < N) v[i] = finish<kFloat>(e, in[i], m, n + i);
+  }
+  store_four(e, v, m, n, N);
+}
+
+// Columns f .. f+3 of a gated unit, from the channels gate_of(f) and 16 on: N is a multiple of 32, so all four are there.
+TERSOR_DEVICE int64_t gate_of(int64_t f) { return f / kTileN * 2 * kTileN + f % kTileN; }
+template <bool kFloat>
+TERSOR_DEVICE void finish_glu(const Epilogue& e, uint4 gate, uint4 up, int64_t m, int64_t f, int64_t N) {
+  const uint32_t gates[4] = {gate.x, gate.y, gate.z, gate.w}, ups[4] = {up.x, up.y, up.z, up.w};
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t n = gate_of(f + i);
+    const float g = activate(e.activation, scaled<kFloat>(e, gates[i], m, n));
+    v[i] = ptx::bits(ptx::mul(g, scaled<kFloat>(e, ups[i], m, n + kTileN)));
+  }
+  store_four(e, v, m, f, N / 2);
 }
 
 }  // namespace tersor::cuda

@@ -282,26 +282,29 @@ __global__ void __launch_bounds__(S::kThreads, Layout<P, S>::kBlocks) gemm_int(c
     }
   }
   ptx::warp_barrier();
+  const bool glu = p.epilogue.glu && !p.partial;
+  const int quads = glu ? 8 : 16;  // of a row, in y
 #pragma unroll 1
-  for (int i = lane; i < S::kWarpRows * 16; i += 32) {
-    const int64_t m = warp_m0 + i / 16, n = warp_n0 + i % 16 * 4;
+  for (int i = lane; i < S::kWarpRows * quads; i += 32) {
+    const int row = i / quads, q = i % quads;
+    const int64_t m = warp_m0 + row, n = warp_n0 + (glu ? gate_of(4 * q) : 4 * q);
     if (m >= p.M || n >= p.N) continue;
-    const uint4 v = ptx::load_shared16(staged + (i / 16 * kStagedRow + i % 16 * 4) * 4);
+    const unsigned char* from = staged + (row * kStagedRow + (n - warp_n0)) * 4;
+    const uint4 v = ptx::load_shared16(from);
     if (p.partial) {
       const uint32_t raw[4] = {v.x, v.y, v.z, v.w};
       for (int j = 0; j < 4 && n + j < p.N; ++j) p.partial[(z * p.M + m) * p.N + n + j] = raw[j];
+    } else if (glu) {
+      finish_glu<P::kGrouped>(p.epilogue, v, ptx::load_shared16(from + kTileN * 4), m, warp_n0 / 2 + 4 * q, p.N);
     } else {
       finish_four<P::kGrouped>(p.epilogue, v, m, n, p.N);
     }
   }
 }
 
-// Adds the parts of a split K, in order, and finishes them: a thread for four columns. Grid: ceil(N/4 / threads), M.
-constexpr int kSumThreads = 128;
+// The parts of a split K of four channels, added in order.
 template <bool kFloat>
-__global__ void __launch_bounds__(kSumThreads) sum_partial(const __grid_constant__ GemmParams p) {
-  const int64_t n = (ptx::block_x() * kSumThreads + ptx::thread_index()) * 4, m = ptx::block_y();
-  if (n >= p.N) return;
+TERSOR_DEVICE uint4 sum_parts(const GemmParams& p, int64_t m, int64_t n) {
   uint32_t v[4] = {};
   for (int64_t z = 0; z < p.splits; ++z) {
 #pragma unroll
@@ -311,7 +314,22 @@ __global__ void __launch_bounds__(kSumThreads) sum_partial(const __grid_constant
       v[j] = kFloat ? ptx::bits(ptx::add(ptx::from_bits(v[j]), ptx::from_bits(part))) : v[j] + part;
     }
   }
-  finish_four<kFloat>(p.epilogue, {v[0], v[1], v[2], v[3]}, m, n, p.N);
+  return {v[0], v[1], v[2], v[3]};
+}
+
+// Finishes them: a thread for four columns of y. Grid: ceil(columns/4 / threads), M.
+constexpr int kSumThreads = 128;
+template <bool kFloat>
+__global__ void __launch_bounds__(kSumThreads) sum_partial(const __grid_constant__ GemmParams p) {
+  const int64_t n = (ptx::block_x() * kSumThreads + ptx::thread_index()) * 4, m = ptx::block_y();
+  if (p.epilogue.glu) {
+    if (n >= p.N / 2) return;
+    const int64_t gate = gate_of(n);
+    finish_glu<kFloat>(p.epilogue, sum_parts<kFloat>(p, m, gate), sum_parts<kFloat>(p, m, gate + kTileN), m, n, p.N);
+  } else {
+    if (n >= p.N) return;
+    finish_four<kFloat>(p.epilogue, sum_parts<kFloat>(p, m, n), m, n, p.N);
+  }
 }
 
 }  // namespace tersor::cuda

@@ -3,9 +3,11 @@
 //
 // K - 2 popcount(w xor x) = K - 2 (popcount(w) + popcount(x)) + 4 popcount(w and x). popcount(x) comes from the binariser in the
 // place of row_sum, popcount(w) is counted from the fragments. AND, since XOR takes two instructions on sm_90.
+// sm_100 and up emulate both: there x becomes rows of -1 and +1, which Codes<1> multiplies with the same tiles (signs_as_int8).
 #pragma once
 
 #include "gemm_int.cuh"
+#include "params.h"
 
 namespace tersor::cuda {
 
@@ -17,18 +19,6 @@ struct Signs {
   static TERSOR_DEVICE void mma(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     ptx::mma_and_popcount(d, a, b);
   }
-};
-
-struct BinarizeParams {
-  const void* x;
-  Dtype dtype;
-  int64_t stride_m, stride_k;  // elements
-  int64_t M, K;
-  const float* threshold;  // [K]
-  uint32_t* bits;          // [M][ld_words], element k = 4j + b of a word at bit 8b + j
-  int64_t ld_words;        // words of each row that are written: >= ceil(K/32), zeros past it
-  float* scale;            // [M]
-  int32_t* popcount;       // [M] or null
 };
 
 constexpr int kBinarizeThreads = 64;  // one for each of the partial sums that numerics.md prescribes
@@ -52,7 +42,8 @@ __global__ void __launch_bounds__(kBinarizeThreads) binarize_rows(BinarizeParams
   const int thread = ptx::thread_index(), warp = thread / 32, lane = thread % 32;
   const int64_t m = ptx::block_x();
   const float share = ptx::div(1.0f, static_cast<float>(p.K));
-  uint32_t* bits = p.bits + m * p.ld_words;
+  uint32_t* bits = p.bits ? p.bits + m * p.ld_words : nullptr;
+  int8_t* signs = p.signs ? p.signs + m * p.ld_words * 32 : nullptr;
   float sum = 0.0f;
   uint32_t count = 0;
   bool finite = true;
@@ -68,7 +59,8 @@ __global__ void __launch_bounds__(kBinarizeThreads) binarize_rows(BinarizeParams
     }
     const uint32_t natural = ptx::ballot(positive);
     count += ptx::popcount(natural);
-    if (lane == 0) bits[word] = to_tile_order(natural);
+    if (signs) signs[k] = static_cast<int8_t>(k >= p.K ? 0 : positive ? 1 : -1);
+    if (bits && lane == 0) bits[word] = to_tile_order(natural);
   }
   const bool warp_finite = ptx::ballot(!finite) == 0;
   ptx::store_shared4(shared + thread * 4, ptx::bits(sum));
@@ -79,7 +71,8 @@ __global__ void __launch_bounds__(kBinarizeThreads) binarize_rows(BinarizeParams
   ptx::barrier();
   const bool all_finite = (ptx::load_shared4(shared + 256) & ptx::load_shared4(shared + 264)) != 0;
   if (!all_finite) {
-    for (int64_t word = thread; word < p.ld_words; word += kBinarizeThreads) bits[word] = 0;
+    for (int64_t word = thread; bits && word < p.ld_words; word += kBinarizeThreads) bits[word] = 0;
+    for (int64_t k = thread; signs && k < 32 * p.ld_words; k += kBinarizeThreads) signs[k] = 0;
   }
   if (warp != 0) return;
   // The 64 sums in a tree: runs of 16 first, then halves.
@@ -91,7 +84,8 @@ __global__ void __launch_bounds__(kBinarizeThreads) binarize_rows(BinarizeParams
     p.scale[m] = all_finite ? v : ptx::from_bits(0x7fc00000u);
     if (p.popcount) {
       const uint32_t bits_set = ptx::load_shared4(shared + 260) + ptx::load_shared4(shared + 268);
-      p.popcount[m] = static_cast<int32_t>(all_finite ? bits_set : 0u);
+      const uint32_t all = p.signs ? 2 * bits_set - static_cast<uint32_t>(p.K) : bits_set;
+      p.popcount[m] = static_cast<int32_t>(all_finite ? all : 0u);
     }
   }
 }

@@ -117,6 +117,10 @@ __global__ void __launch_bounds__(kGemvThreads, kRows < 4 ? 3 : 2) gemv_int(cons
   if (m >= p.M || n >= p.N) return;
   uint32_t v = ptx::load_shared4(shared + i * 4);
   for (int w = 1; w < kGemvWarps; ++w) v = plus(v, ptx::load_shared4(shared + (w * kRows * 16 + i) * 4));
+  if (p.partial) {  // a gated unit needs two tiles: sum_partial brings them together
+    p.partial[m * p.N + n] = v;
+    return;
+  }
   store_one(p.epilogue, finish<P::kGrouped>(p.epilogue, v, m, n), m, n);
 }
 

@@ -8,29 +8,65 @@
 
 namespace tersor::cuda {
 
-enum class Width : int32_t { bits1 = 1, bits2 = 2, bits4 = 4, bits8 = 8, signs = 16 };
+enum class Width : int32_t { bits1 = 1, bits2 = 2, bits4 = 4, bits8 = 8, signs = 16, sparse24 = 24 };
 enum class Kernel : int32_t { gemv1, gemv2, gemv4, small, medium, large };
 
-// How a layer is computed; depends on nothing but the shape and the number of multiprocessors.
+// What a launch depends on of the GPU.
+struct Gpu {
+  int sm;  // compute capability, 10 * major + minor
+  int multiprocessors;
+};
+
+// From sm_100 on the binary mma is emulated by eight int8 ones (docs/cuda.md): signs are multiplied as s8 rows by 1-bit codes.
+inline bool signs_as_int8(const Gpu& gpu) { return gpu.sm >= 100; }
+
+// How a layer is computed.
 struct Plan {
   Kernel kernel;
   int64_t splits;           // of K
-  int64_t workspace_bytes;  // for their parts
+  int64_t workspace_bytes;  // for their parts, and for what a gated unit brings together
 };
 
-inline Plan plan(int multiprocessors, int64_t M, int64_t N, int64_t K, bool signs, bool grouped) {
-  if (M <= 4) return {M == 1 ? Kernel::gemv1 : M == 2 ? Kernel::gemv2 : Kernel::gemv4, 1, 0};
+// The first row that holds decides. Multiprocessors with 100 KiB of shared memory (8.6, 8.9, 12.x) would hold a single block of
+// `large`, which asks for 68.
+struct PlanRow {
+  int sm_from, sm_to;
+  int64_t most_rows;  // M up to this
+  int64_t least_k;    // K from this on
+  bool fills;         // only where its blocks leave no multiprocessor idle
+  Kernel kernel;
+};
+inline constexpr int64_t kAnyRows = INT64_MAX;
+inline constexpr PlanRow kPlanRows[] = {{0, 999, 1, 0, false, Kernel::gemv1},         {0, 999, 2, 0, false, Kernel::gemv2},
+                                        {0, 999, 4, 0, false, Kernel::gemv4},         {0, 999, 16, 0, false, Kernel::small},
+                                        {0, 999, 64, 0, false, Kernel::medium},       {80, 80, kAnyRows, 256, true, Kernel::large},
+                                        {87, 87, kAnyRows, 256, true, Kernel::large}, {90, 119, kAnyRows, 256, true, Kernel::large},
+                                        {0, 999, kAnyRows, 0, false, Kernel::medium}};
+inline constexpr int64_t plan_rows_of(Kernel k) { return k == Kernel::small ? 16 : k == Kernel::medium ? 64 : 128; }
+
+// grouped: scales of groups of K; glu: gate and up tiles in turn.
+inline Plan plan(const Gpu& gpu, int64_t M, int64_t N, int64_t K, Width width, bool grouped, bool glu) {
+  const bool sparse = width == Width::sparse24;
   const int64_t columns = ceil_div(N, 128);
-  const bool large = !grouped && M > 64 && ceil_div(M, 128) * columns >= multiprocessors;
-  const Kernel kernel = M <= 16 ? Kernel::small : large ? Kernel::large : Kernel::medium;
-  const int64_t rows = kernel == Kernel::small ? 16 : kernel == Kernel::medium ? 64 : 128;
+  Kernel kernel = Kernel::medium;
+  for (const PlanRow& row : kPlanRows) {
+    if (gpu.sm < row.sm_from || gpu.sm > row.sm_to || M > row.most_rows || K < row.least_k) continue;
+    if (sparse && row.kernel != Kernel::small && row.kernel != Kernel::medium) continue;
+    if (grouped && row.kernel == Kernel::large) continue;  // two sets of accumulators would not fit the registers
+    if (row.fills && ceil_div(M, plan_rows_of(row.kernel)) * columns < gpu.multiprocessors) continue;
+    kernel = row.kernel;
+    break;
+  }
+  const int64_t part_bytes = M * N * 4;
+  if (kernel <= Kernel::gemv4) return {kernel, 1, glu ? part_bytes : 0};
   // Blocks that leave multiprocessors idle share K, down to 8 k blocks each: below that the parts cost more than they save.
-  const int64_t blocks = ceil_div(M, rows) * columns, k_blocks = ceil_div(signs ? ceil_div(K, 8) : K, 64);
-  int64_t splits = blocks < multiprocessors && blocks > 0 ? multiprocessors / blocks : 1;
+  const int64_t blocks = ceil_div(M, plan_rows_of(kernel)) * columns;
+  const int64_t k_blocks = ceil_div(width == Width::signs ? ceil_div(K, 8) : K, 64);
+  int64_t splits = blocks < gpu.multiprocessors && blocks > 0 ? gpu.multiprocessors / blocks : 1;
   if (splits > k_blocks / 8) splits = k_blocks / 8;
   if (splits > 16) splits = 16;
   if (splits < 2) return {kernel, 1, 0};
-  return {kernel, splits, splits * M * N * 4};
+  return {kernel, splits, splits * part_bytes};
 }
 
 // One layer on rows that are quantised or binarised already.
@@ -41,7 +77,7 @@ struct LinearCall {
   int64_t ld_rows;   //     next multiple of 16; what stands past K meets code 0
   const int32_t* row_sum;        // [M] sum of q, or set bits of the row
   const float* scale;            // [M]; may be null where y is s32
-  const uint8_t* weight_packed;  // tiles, address a multiple of 16
+  const uint8_t* weight_packed;  // tiles, or blocks of spmm_24.cuh; address a multiple of 16
   const float* weight_scale;     // [N]
   const void* bias;              // [N] or null
   const void* residual;          // [M][ld_residual] of y_dtype or null
@@ -54,14 +90,18 @@ struct LinearCall {
   int64_t ldy;
   Dtype bias_dtype, y_dtype;
   Activation activation;
+  bool glu;  // y is [M][N/2], see Epilogue; no residual, no groups
 };
 
 using Stream = void*;  // cudaStream_t
 
 int quantize(const struct QuantizeParams&, Stream);
 int binarize(const struct BinarizeParams&, Stream);
+int normalize(const struct NormParams&, Stream);
 int linear(const LinearCall&, const Plan&, Stream);
-int multiprocessors(int device, int* count);
+
+// Makes `device` the current one of this library's CUDA runtime, which is not torch's, and says what it is.
+int use_device(int device, Gpu* gpu);
 const char* error_text(int error);
 
 }  // namespace tersor::cuda

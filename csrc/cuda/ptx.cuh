@@ -22,6 +22,15 @@ TERSOR_DEVICE unsigned char* shared_memory() {
 TERSOR_DEVICE uint4 load_shared16(const void* p) { return *static_cast<const uint4*>(p); }
 TERSOR_DEVICE uint2 load_shared8(const void* p) { return *static_cast<const uint2*>(p); }
 TERSOR_DEVICE uint32_t load_shared4(const void* p) { return *static_cast<const uint32_t*>(p); }
+// Four matrices of 8 rows x 16 bytes: lane i brings the address of row i % 8 of matrix i / 8, register j of lane 4 g + t gets bytes
+// 4t .. 4t+3 of row g of matrix j.
+TERSOR_DEVICE void load_matrices(uint32_t (&r)[4], const void* p) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
 TERSOR_DEVICE void store_shared16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 TERSOR_DEVICE void store_shared4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 
@@ -66,6 +75,8 @@ TERSOR_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 TERSOR_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 TERSOR_DEVICE float sub(float a, float b) { return __fsub_rn(a, b); }
 TERSOR_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+TERSOR_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+TERSOR_DEVICE float sqrt(float a) { return __fsqrt_rn(a); }
 TERSOR_DEVICE float to_f32(int32_t v) { return __int2float_rn(v); }
 TERSOR_DEVICE int32_t round_to_int(float v) { return __float2int_rn(v); }  // ties to even
 TERSOR_DEVICE uint32_t bits(float v) { return __float_as_uint(v); }
@@ -112,11 +123,32 @@ TERSOR_DEVICE void mma_s8u8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint
 
 // ---- D[16][8] += popcount(A[16][256] and B[256][8]), bits ---------------------------------------------------------------------
 // The drawing above with 32 neighbouring k a register, lowest bit first: k = 32t + b, and 128 + 32t + b. One BMMA on sm_80 to 90;
-// xor.popc would be two on sm_90, and sm_100 has neither (8 IMMA).
+// xor.popc would be two on sm_90, and sm_100 and up have neither (8 IMMA): signs take another way there (signs_as_int8), and
+// kernels that nobody launches are not worth their code.
 TERSOR_DEVICE void mma_and_popcount(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 1000
+  asm volatile("trap;");
+  return;
+#endif
   asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- D[16][8] += A[16][64] s8 * B[64][8] s8, A with two values in every four k ------------------------------------------------
+// A register of A holds the values of eight k, two for each four, in order; one of B four neighbouring k:
+//
+//           k = 0..31     k = 32..63
+//   row g    a[0]          a[2]        k = 8t .. 8t+7 (+ 32)        b[i]: k = 16i + 4t + b, n = g        D as above
+//   row g+8  a[1]          a[3]
+//
+// The k mod 4 of the two values of a group, ascending, are two bits each, lowest group first: the eight groups of row g + 8 (t mod
+// 2), k = 32 (t / 2) .. +31, in `places` of lane 4 g + t (CuTe: MMA_Traits<SM80_SPARSE_16x8x64_S32S8S8S32_TN>::ELayout).
+TERSOR_DEVICE void mma_sparse_s8s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, "
+      "%11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places));
 }
 
 }  // namespace tersor::cuda::ptx

@@ -3,23 +3,9 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "params.h"
 
 namespace tersor::cuda {
-
-struct QuantizeParams {
-  const void* x;  // element (m, k) at x + (m * stride_m + k * stride_k) elements
-  Dtype dtype;
-  int64_t stride_m, stride_k;
-  int64_t M, K;
-  const float* absmax;       // [M] or null: taken in place of the row's own
-  const float* input_scale;  // [1] or null: the scale of every row
-  int8_t* q;                 // [M][ldq]
-  int64_t ldq;
-  int64_t width;        // bytes of each row that are written, >= K: zeros from K on
-  float* scale;         // [M]
-  int32_t* row_sum;     // [M]
-  int32_t* row_sum_32;  // [M][ceil(K/32)] sums of q over 32 k, or null
-};
 
 constexpr float kTinyAbsmax = 7.888609052210118e-31f;  // 2^-100
 constexpr uint32_t kInfBits = 0x7f800000u;

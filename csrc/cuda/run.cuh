@@ -4,7 +4,8 @@
 
 #include "gemv_int.cuh"
 #include "launch.h"
-#include "quantize_rows.cuh"
+#include "norm_quantize.cuh"
+#include "spmm_24.cuh"
 
 namespace tersor::cuda {
 
@@ -30,18 +31,36 @@ int run_binarize(const BinarizeParams& p, Launch launch) {
   return launch(binarize_rows, Grid{p.M, 1, 1}, kBinarizeThreads, kBinarizeSharedBytes, p);
 }
 
+template <typename Launch>
+int run_norm(const NormParams& p, Launch launch) {
+  if (p.M == 0) return 0;
+  return launch(norm_quantize, Grid{p.M, 1, 1}, kNormThreads, kNormSharedBytes, p);
+}
+
+// What is left to do once the parts are there.
+template <bool kFloat, typename Launch>
+int run_sum(int error, const GemmParams& p, Launch launch) {
+  if (error || !p.partial) return error;
+  const int64_t columns = p.epilogue.glu ? p.N / 2 : p.N;
+  return launch(sum_partial<kFloat>, Grid{ceil_div(columns, 4 * kSumThreads), p.M, 1}, kSumThreads, 0, p);
+}
+
 template <typename P, typename S, typename Launch>
 int run_gemm(const GemmParams& p, Launch launch) {
   const Grid grid{ceil_div(p.M, S::kRows), ceil_div(p.N, S::kCols), p.splits};
-  const int error = launch(gemm_int<P, S>, grid, S::kThreads, Layout<P, S>::kSharedBytes, p);
-  if (error || !p.partial) return error;
-  return launch(sum_partial<P::kGrouped>, Grid{ceil_div(p.N, 4 * kSumThreads), p.M, 1}, kSumThreads, 0, p);
+  return run_sum<P::kGrouped>(launch(gemm_int<P, S>, grid, S::kThreads, Layout<P, S>::kSharedBytes, p), p, launch);
+}
+
+template <int kRows, typename Launch>
+int run_sparse(const GemmParams& p, Launch launch) {
+  const Grid grid{ceil_div(p.M, kRows), ceil_div(p.N, kSparseTiles * kTileN), p.splits};
+  return run_sum<false>(launch(spmm_24<kRows>, grid, kSparseThreads, SparseLayout<kRows>::kSharedBytes, p), p, launch);
 }
 
 template <typename P, int kRows, typename Launch>
 int run_gemv(const GemmParams& p, Launch launch) {
   const Grid grid{ceil_div(p.N, kTileN), ceil_div(p.M, kRows), 1};
-  return launch(gemv_int<P, kRows>, grid, kGemvThreads, kGemvSharedBytes<kRows>, p);
+  return run_sum<P::kGrouped>(launch(gemv_int<P, kRows>, grid, kGemvThreads, kGemvSharedBytes<kRows>, p), p, launch);
 }
 
 template <typename P, typename Launch>
@@ -68,8 +87,8 @@ int run_kernel(Kernel kernel, const GemmParams& p, Launch launch) {
 template <typename Launch>
 int run_linear(const LinearCall& call, const Plan& plan, Launch launch) {
   if (call.M == 0 || call.N == 0) return 0;
-  const bool signs = call.width == Width::signs;
-  const int bits = signs ? 1 : static_cast<int>(call.width);
+  const bool signs = call.width == Width::signs, sparse = call.width == Width::sparse24;
+  const int bits = signs ? 1 : sparse ? 8 : static_cast<int>(call.width);
   const int64_t a_row = signs ? ceil_div(call.K, 32) * 4 : call.K;
   GemmParams p{};
   p.M = call.M;
@@ -78,15 +97,15 @@ int run_linear(const LinearCall& call, const Plan& plan, Launch launch) {
   p.lda = call.ld_rows;
   p.a_bytes = round_up(a_row, 16);
   p.w = call.weight_packed;
-  p.tiles_k = ceil_div(call.K, tile_k(bits));
   p.k_blocks = ceil_div(a_row, kBlockK);
+  p.tiles_k = sparse ? p.k_blocks : ceil_div(call.K, tile_k(bits));
   p.splits = plan.splits;
   p.k_unit = 1;
   while (call.group_scale && p.k_unit * kBlockK % call.group_size != 0 && p.k_unit < p.k_blocks) ++p.k_unit;
-  p.partial = plan.splits > 1 ? static_cast<uint32_t*>(call.workspace) : nullptr;
-  const Repair codes{1u << code_shift(bits), 1u << offset_shift(bits), 0}, xnor{2, 2, static_cast<uint32_t>(call.K)};
+  p.partial = plan.workspace_bytes > 0 ? static_cast<uint32_t*>(call.workspace) : nullptr;
+  const Repair codes{1u << code_shift(bits), 1u << offset_shift(bits), 0}, xnor{2, 2, static_cast<uint32_t>(call.K)}, none{1, 0, 0};
   Epilogue& e = p.epilogue;
-  e.repair = signs ? xnor : codes;
+  e.repair = signs ? xnor : sparse ? none : codes;
   e.row_sum = call.row_sum;
   e.scale = call.scale;
   e.weight_scale = call.weight_scale;
@@ -98,6 +117,7 @@ int run_linear(const LinearCall& call, const Plan& plan, Launch launch) {
   e.bias_dtype = call.bias_dtype;
   e.y_dtype = call.y_dtype;
   e.activation = call.activation;
+  e.glu = call.glu;
   p.K = call.K;
   p.group_size = call.group_size;
   p.group_scale = call.group_scale;
@@ -114,6 +134,8 @@ int run_linear(const LinearCall& call, const Plan& plan, Launch launch) {
       return run_kernel<Codes<1, false>>(plan.kernel, p, launch);
     case Width::signs:
       return run_kernel<Signs>(plan.kernel, p, launch);
+    case Width::sparse24:
+      return plan.kernel == Kernel::small ? run_sparse<16>(p, launch) : run_sparse<64>(p, launch);
   }
   return -1;
 }

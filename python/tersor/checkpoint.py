@@ -20,7 +20,7 @@ from . import __version__
 from .formats import LAYOUT_VERSION
 from .load_plan import TAG, LoadPlan, Source, identity, is_sharded, listed, split
 from .nn import QuantLinear
-from .plain import tiles_of
+from .plain import other_than_stored
 from .swap import settle
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
@@ -105,11 +105,12 @@ def load_(
 
 
 def _state_in_tiles(model: nn.Module) -> Mapping[str, Any]:
-    """The state_dict, with tiles where a layer on a device without kernels has rows."""
+    """The state_dict, with what files hold where a layer has another form on its device."""
     state = model.state_dict()
     for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.plain:
-            state.update({f"{path}.{name}" if path else name: t for name, t in tiles_of(module).items()})
+        tiles = other_than_stored(module) if isinstance(module, QuantLinear) else None
+        if tiles is not None:
+            state.update({f"{path}.{name}" if path else name: t for name, t in tiles.items()})
     return state
 
 

@@ -116,6 +116,11 @@ class Format:
         """The inverse of to_plain."""
         return dict(plain)
 
+    def on_device(self, stored: Mapping[str, Tensor], device: str, n: int, k: int) -> dict[str, Tensor] | None:
+        """Stored tensors -> as the kernels of a device type read them, on the device they are on; None: as they are. `device` "cpu"
+        is also what files hold."""
+        return None
+
     def check_sizes(self, n: int, k: int) -> None:
         """Raises ValueError where the format cannot hold an [N, K] weight."""
         if k > MAX_K:

@@ -83,6 +83,10 @@ def _devices() -> dict[str, str]:
     for device, key in _DEVICES.items():
         kernels = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
         found[device] = "native kernels" if kernels else "the references, as plain torch"
+    if ops.NATIVE_CUDA:
+        found["cuda"] = f"native kernels of {', '.join(ops.CUDA_KERNELS)}, and of 2:4 weights; the others as plain torch"
+    else:
+        found["cuda"] += " (this installation has no CUDA kernels: build with TERSOR_CUDA=ON)"
     found["jax"] = "the references, as XLA graphs with s8 x s8 -> s32 dots (tersor.backends.xla)"
     found["meta"] = "shapes only"
     found["others"] = "the references, as plain torch"

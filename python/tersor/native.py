@@ -1,6 +1,6 @@
-"""Finds and loads the compiled parts: `_numpy` (pybind11) and `_torch` (torch ops).
+"""Finds and loads the compiled parts: `_numpy` (pybind11), `_torch` and `_torch_cuda` (torch ops).
 
-Both may be absent; everything then runs on the reference.
+Each may be absent; everything then runs on the reference.
 """
 
 from __future__ import annotations
@@ -60,3 +60,25 @@ def load_torch_ops() -> bool:
 
     torch.ops.load_library(spec.origin)
     return True
+
+
+@functools.cache
+def load_cuda_ops() -> bool:
+    """Loads the CUDA kernels into torch's dispatcher; False where this installation has none. Asks for no GPU and no CUDA build of
+    torch: what is missing is said by the first call that gets a CUDA tensor."""
+    spec = None if _disabled() else importlib.util.find_spec("tersor._torch_cuda")
+    if spec is None or spec.origin is None:
+        return False
+    import torch
+
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        logger.warning("tersor: the CUDA kernels cannot be loaded, CUDA tensors run on the references: %s", error)
+        return False
+    return True
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import native
 from .formats import Format, Int8Dynamic, Tag, TensorSpec, decode_tag, encode_tag
-from .plain import from_plain_, is_plain_device, ready, to_plain_
+from .plain import from_plain_, is_plain_device, ready, to_device_form_, to_plain_
 from .weights import row_blocks
 
 _NO_WEIGHT = (
@@ -218,6 +218,7 @@ class QuantLinear(nn.Module):
                     self._buffers[spec.name] = value
         if not plain:
             from_plain_(self)
+            to_device_form_(self, probe.device)
         self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
         return self
 

@@ -37,6 +37,7 @@ def ready(device: torch.device) -> None:
 def to_plain_(layer: QuantLinear) -> None:
     """Turns the stored tensors of a layer into their plain form, in place and on their device."""
     if not layer.plain:
+        to_device_form_(layer, torch.device("cpu"))
         n, k, stored = layer.out_features, layer.in_features, stored_tensors(layer)
         with _without_modes(stored):
             values = layer.format.to_plain(stored, n, k)
@@ -49,13 +50,32 @@ def from_plain_(layer: QuantLinear) -> None:
         _exchange(layer, tiles_of(layer), False)
 
 
+def to_device_form_(layer: QuantLinear, device: torch.device) -> None:
+    """Turns the stored tensors, in place, into what the kernels of a device with kernels read; they may be on another yet."""
+    stored = stored_tensors(layer)
+    if device.type == "meta" or _described(stored):
+        return
+    values = layer.format.on_device(stored, device.type, layer.out_features, layer.in_features)
+    if values is not None:
+        _exchange(layer, values, False)
+
+
+def _described(stored: dict[str, Tensor]) -> bool:
+    return any(t.is_meta or isinstance(t, FakeTensor) for t in stored.values())
+
+
 def tiles_of(layer: QuantLinear) -> dict[str, Tensor]:
     """The stored tensors of a layer as files hold them, whatever form the layer is in."""
+    return other_than_stored(layer) or stored_tensors(layer)
+
+
+def other_than_stored(layer: QuantLinear) -> dict[str, Tensor] | None:
+    """tiles_of, or None where these are the stored tensors themselves."""
     stored = stored_tensors(layer)
-    if not layer.plain:
-        return stored
     n, k = layer.out_features, layer.in_features
-    if any(t.device.type == "meta" or isinstance(t, FakeTensor) for t in stored.values()):
+    if not layer.plain:
+        return None if _described(stored) else layer.format.on_device(stored, "cpu", n, k)
+    if _described(stored):
         device = next(iter(stored.values())).device
         return {s.name: torch.empty(s.shape, dtype=s.dtype, device=device) for s in layer.format.tensors(n, k)}
     with _without_modes(stored):

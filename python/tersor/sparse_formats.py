@@ -14,6 +14,7 @@ from .format_base import Format, Stored, TensorSpec
 from .ops import sparse_storage
 from .ops.linear_sparse_float import MAX_K as MAX_FLOAT_K
 from .ops.linear_sparse_float import FloatParts, check_float_structure, linear_float, pack_sparse_float, sparse_float_rows
+from .ops.sparse_pairs import is_24
 from .ops.tiles import TILE_N, ceil_div
 from .weights import row_blocks
 
@@ -23,7 +24,8 @@ class SparseInt8(Format):
     """Int8Dynamic of a pruned weight, equal to it bit for bit, with the zeros left out.
 
     What is stored follows from where the zeros are (ops/sparse_storage.py): the 16 x 4 tiles that hold anything (blocks), windows
-    of positions and values (unstructured, 70 % zeros and more), or a mask for each tile beside its non-zeros (in between).
+    of positions and values (unstructured, 70 % zeros and more), or a mask for each tile beside its non-zeros (in between). A weight
+    with two values in every four k (NM(2, 4)) is stored for sparse tensor cores while it is on a GPU; files never hold that.
     """
 
     tag: ClassVar[str] = "sparse-int8"
@@ -76,6 +78,17 @@ class SparseInt8(Format):
         from .formats import Int8Dynamic  # which imports this module
 
         return Int8Dynamic()
+
+    def on_device(self, stored: Mapping[str, Tensor], device: str, n: int, k: int) -> dict[str, Tensor] | None:
+        parts = sparse_storage.Parts(*(stored[name] for name in sparse_storage.Parts._fields))
+        pairs = sparse_storage.storage_of(parts.weight_packed, parts.weight_index) == "pairs"
+        if pairs == (device == "cuda"):
+            return None
+        rows = sparse_storage.sparse_rows(*parts[:3], n, k)
+        if device == "cuda" and not is_24(rows):
+            return None
+        packed = sparse_storage.pack_sparse(rows, "pairs" if device == "cuda" else None)
+        return {**stored, **packed._asdict()}
 
     def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:
         parts = sparse_storage.Parts(*(stored[name] for name in sparse_storage.Parts._fields))

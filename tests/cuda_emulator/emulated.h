@@ -25,19 +25,18 @@ struct Emulated {
   S8Operand x;
   Weights w;
   Exact<float> residual;
+  int64_t sparse_bytes = 0;  // of the weights that a call names in place of the tiles
 
   Emulated(int64_t M, int64_t N, int64_t K, int bits, Random& random)
       : x(M, K, round_up(K, 16) + 16, round_up(K, 16), random), w(N, K, random, 0, bits), residual(M * N) {
     for (int64_t i = 0; i < M * N; ++i) residual[i] = random.normal();
   }
 
-  // Returns what the emulator found, "" if nothing.
-  std::string linear(const cuda::Plan& plan, void* y, int64_t ldy, Dtype dtype, Activation activation, bool with_bias,
-                     bool with_residual) {
+  // Everything but where the parts of a split go.
+  cuda::LinearCall call(void* y, int64_t ldy, Dtype dtype, Activation activation, bool with_bias, bool with_residual) {
     using namespace cuda;
-    Exact<char> workspace(plan.workspace_bytes);
     LinearCall c{};
-    c.M = x.M, c.N = w.N, c.K = x.K;
+    c.M = x.M, c.N = w.N, c.K = w.K;
     c.width = static_cast<Width>(w.bits);
     c.rows = x.q.data();
     c.ld_rows = x.ldq;
@@ -50,21 +49,29 @@ struct Emulated {
       c.residual = with_residual ? residual.data() : nullptr;
     }
     c.ld_residual = w.N;
-    c.workspace = workspace.data();
     c.y = y;
     c.ldy = ldy;
     c.bias_dtype = Dtype::f32;
     c.y_dtype = dtype;
     c.activation = activation;
-    return run(c, plan);
+    return c;
   }
 
-  std::string run(const cuda::LinearCall& c, const cuda::Plan& plan) {
+  // Returns what the emulator found, "" if nothing.
+  std::string linear(const cuda::Plan& plan, void* y, int64_t ldy, Dtype dtype, Activation activation, bool with_bias,
+                     bool with_residual) {
+    return run(call(y, ldy, dtype, activation, with_bias, with_residual), plan);
+  }
+
+  std::string run(cuda::LinearCall c, const cuda::Plan& plan) {
+    Exact<char> workspace(plan.workspace_bytes);
+    c.workspace = workspace.data();
     auto& machine = cuda::emulator::machine;
     machine.error.clear();
     machine.forget_ranges();
     machine.allow(x.q.data(), x.q.size());
     machine.allow(w.packed.data(), w.packed.size());
+    if (c.weight_packed != w.packed.data()) machine.allow(c.weight_packed, sparse_bytes);
     machine.plant_row(x.q.data(), x.q.data() + round_up(x.q.size(), 16));
     const int status = run_linear(c, plan, emulated_launch);
     return status && machine.error.empty() ? "no kernel" : machine.error;

@@ -51,6 +51,55 @@ void mma(Meeting& m) {
   ++machine.mma_count;
 }
 
+// mma.sp m16n8k64 s8: A's two values of each group of four k, and their places. Element i of a lane's A lies in register i / 4.
+struct SparseMmaLayout {
+  // Row, and first k of the group, of the pair of elements 2i, 2i + 1.
+  static MmaLayout<8>::At a(int lane, int i) {
+    return {(lane >> 2) + (i / 2 % 2 ? 8 : 0), lane % 4 * 8 + i % 2 * 4 + (i >= 4 ? 32 : 0)};
+  }
+  // Of group i of the places: 32 k of one row.
+  static MmaLayout<8>::At places(int lane, int i) { return {(lane >> 2) + (lane & 1 ? 8 : 0), (lane & 2 ? 32 : 0) + 4 * i}; }
+  static MmaLayout<8>::At b(int lane, int i) { return {lane % 4 * 4 + (i & 3) + (i >> 2) * 16, lane >> 2}; }
+};
+
+inline void mma_sparse(Meeting& m) {
+  using L = SparseMmaLayout;
+  static int32_t A[16][64], B[64][8];
+  static uint32_t places[16][16];
+  std::memset(A, 0, sizeof A);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const auto at = L::places(lane, i);
+      const uint32_t pair = m.in[lane][12] >> 4 * i & 15;
+      if ((pair & 3) >= pair >> 2) machine.fail("places of a sparse mma are not in ascending order");
+      places[at.row][at.col / 4] = pair;
+    }
+    for (int i = 0; i < 16; ++i) {
+      const auto at = L::b(lane, i);
+      const int reg = machine.plant.fault == Fault::swapped_registers ? i / 4 ^ 1 : i / 4;
+      B[at.row][at.col] = static_cast<int8_t>(m.in[lane][4 + reg] >> i % 4 * 8 & 255);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const int from = machine.plant.fault == Fault::wrong_lane ? lane ^ 1 : lane;
+    for (int i = 0; i < 8; ++i) {
+      const auto at = L::a(lane, i);
+      const uint32_t word = m.in[from][i / 2] >> i % 2 * 16, pair = places[at.row][at.col / 4];
+      A[at.row][at.col + static_cast<int>(pair & 3)] = static_cast<int8_t>(word & 255);
+      A[at.row][at.col + static_cast<int>(pair >> 2)] = static_cast<int8_t>(word >> 8 & 255);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const auto at = MmaLayout<8>::c(lane, i);
+      uint32_t sum = m.in[lane][8 + i];
+      for (int k = 0; k < 64; ++k) sum += static_cast<uint32_t>(A[at.row][k] * B[k][at.col]);
+      m.out[lane][i] = sum;
+    }
+  }
+  ++machine.mma_count;
+}
+
 }  // namespace tersor::cuda::emulator
 
 namespace tersor::cuda::ptx {
@@ -75,6 +124,18 @@ inline uint2 load_shared8(const void* p) { return load_shared<uint2>(p); }
 inline uint32_t load_shared4(const void* p) { return load_shared<uint32_t>(p); }
 inline void store_shared16(void* p, uint4 v) { store_shared(p, v); }
 inline void store_shared4(void* p, uint32_t v) { store_shared(p, v); }
+
+// Register j of lane 4 g + t: bytes 4t .. 4t+3 of the 16 that lane 8 j + g has named.
+inline void load_matrices(uint32_t (&r)[4], const void* p) {
+  static const char kind = 0;
+  const uint4 v = load_shared16(p);
+  const uint32_t in[4] = {v.x, v.y, v.z, v.w};
+  machine.together(&kind, in, 4, r, 4, [](emulator::Meeting& m) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int j = 0; j < 4; ++j) m.out[lane][j] = m.in[8 * j + lane / 4][lane % 4];
+    }
+  });
+}
 
 inline void copy_async16(void* to, const void* from, bool valid) { machine.copy_async(to, from, valid); }
 inline void copy_async_commit() { machine.copy_commit(); }
@@ -138,6 +199,8 @@ inline float mul(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float sub(float a, float b) { return a - b; }
 inline float div(float a, float b) { return a / b; }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float sqrt(float a) { return std::sqrt(a); }
 inline float to_f32(int32_t v) { return static_cast<float>(v); }
 inline int32_t round_to_int(float v) { return static_cast<int32_t>(std::nearbyint(v)); }
 inline uint32_t bits(float v) { return std::bit_cast<uint32_t>(v); }
@@ -162,5 +225,10 @@ void mma(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 inline void mma_s8u8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma<8>(d, a, b); }
 inline void mma_and_popcount(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma<1>(d, a, b); }
+inline void mma_sparse_s8s8(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
+  static const char kind = 0;
+  const uint32_t in[13] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], d[0], d[1], d[2], d[3], places};
+  machine.together(&kind, in, 13, d, 4, emulator::mma_sparse);
+}
 
 }  // namespace tersor::cuda::ptx

@@ -89,7 +89,7 @@ struct Fiber {
 struct Meeting {
   int arrived = 0;
   const void* kind = nullptr;
-  uint32_t in[32][10], out[32][4];
+  uint32_t in[32][13], out[32][4];
 };
 
 class Machine {
@@ -124,6 +124,7 @@ class Machine {
         for (int64_t x = 0; x < gx && error.empty(); ++x) run_block(x, y, z, threads, shared_bytes);
       }
     }
+    argument_ = nullptr;
     return error.empty() ? 0 : 1;
   }
 

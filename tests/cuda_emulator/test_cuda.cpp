@@ -112,7 +112,7 @@ TERSOR_TEST(cuda_plan) {
     for (int64_t K : {40, 1100}) {
       Emulated e(M, 24, K, 4, random);
       machine.schedule = kSchedules[3];
-      const cuda::Plan plan = cuda::plan(132, M, 24, K, false, false);
+      const cuda::Plan plan = cuda::plan({90, 132}, M, 24, K, Width::bits4, false, false);
       CHECK(plan.workspace_bytes == (plan.splits > 1 ? plan.splits * M * 24 * 4 : 0), "workspace");
       CHECK((plan.splits > 1) == (K > 1024 && M > 4), "M=%lld K=%lld: %lld splits", static_cast<long long>(M),
             static_cast<long long>(K), static_cast<long long>(plan.splits));
@@ -120,8 +120,32 @@ TERSOR_TEST(cuda_plan) {
     }
   }
   set_case("plan");
-  CHECK(cuda::plan(132, 4096, 4096, 4096, false, false).kernel == Kernel::large, "large");
-  CHECK(cuda::plan(132, 4096, 4096, 4096, false, true).kernel == Kernel::medium, "group scales have no large kernel");
+  auto kernel = [](int sm, int64_t M, Width width, bool grouped) {
+    return cuda::plan({sm, 132}, M, 4096, 4096, width, grouped, false).kernel;
+  };
+  for (int sm : {80, 87, 90, 100, 103, 110}) CHECK(kernel(sm, 4096, Width::bits8, false) == Kernel::large, "sm_%d", sm);
+  for (int sm : {86, 89, 120, 121}) CHECK(kernel(sm, 4096, Width::bits8, false) == Kernel::medium, "sm_%d: shared memory", sm);
+  CHECK(kernel(90, 128, Width::bits8, false) == Kernel::medium, "too few blocks of the large kernel");
+  CHECK(kernel(90, 4096, Width::bits4, true) == Kernel::medium, "group scales have no large kernel");
+  CHECK(kernel(90, 1, Width::sparse24, false) == Kernel::small, "2:4 has no matrix x vector kernel");
+  CHECK(kernel(90, 4096, Width::sparse24, false) == Kernel::medium, "2:4 has no large kernel");
+  CHECK(cuda::plan({90, 132}, 2, 64, 64, Width::bits8, false, true).workspace_bytes == 2 * 64 * 4, "gate and up meet in it");
+}
+
+// What docs/cuda.md says of shared memory, in bytes. A multiprocessor of sm_80 has 164 KiB, of which a block takes 1 for itself.
+void check_shared(const char* name, int bytes, int expected, int blocks, int kib) {
+  set_case("shared memory of %s", name);
+  CHECK(bytes == expected, "%d bytes, expected %d", bytes, expected);
+  CHECK((bytes + 1024) * blocks <= kib * 1024, "%d blocks do not fit %d KiB", blocks, kib);
+}
+TERSOR_TEST(cuda_shared_memory) {
+  check_shared("large", cuda::Layout<cuda::Codes<8, false>, cuda::Large>::kSharedBytes, 69632, 2, 164);
+  check_shared("medium", cuda::Layout<cuda::Codes<8, false>, cuda::Medium>::kSharedBytes, 49152, 3, 164);
+  check_shared("medium on sm_89", cuda::Layout<cuda::Codes<8, false>, cuda::Medium>::kSharedBytes, 49152, 2, 100);
+  check_shared("medium, groups", cuda::Layout<cuda::Codes<4, true>, cuda::Medium>::kSharedBytes, 34816, 2, 100);
+  check_shared("small", cuda::Layout<cuda::Codes<8, false>, cuda::Small>::kSharedBytes, 55296, 2, 164);
+  check_shared("2:4 medium", cuda::SparseLayout<64>::kSharedBytes, 36864, 2, 100);
+  check_shared("2:4 small", cuda::SparseLayout<16>::kSharedBytes, 24576, 3, 100);
 }
 
 // 16-byte loads of shared memory meet every bank once, as the layouts in gemm_int.cuh promise.

@@ -84,6 +84,37 @@ Exact<float> thresholds(int64_t K, Random& random) {
   return threshold;
 }
 
+// The layer `c` once more as sm_100 computes it, on s8 rows by 1-bit codes: the bits of y must be the same.
+void check_signs_as_int8(const FloatRows& x, const Exact<float>& threshold, const cuda::Plan& plan, cuda::LinearCall* c,
+                         Canvas* y) {
+  const int64_t M = x.M, K = x.K, ld = round_up(K, 32);
+  Exact<int8_t> signs(M * ld);
+  Exact<float> scale(M);
+  Exact<int32_t> sum(M);
+  const cuda::BinarizeParams b{x.origin, x.dtype, x.stride_m,   x.stride_k,   M,         K, threshold.data(),
+                               nullptr,  ld / 32, signs.data(), scale.data(), sum.data()};
+  if (!CHECK(run_binarize(b, emulated_launch) == 0, "%s", machine.error.c_str())) return;
+  for (int64_t m = 0; m < M; ++m) {
+    int32_t all = 0;
+    for (int64_t k = 0; k < K; ++k) all += signs[m * ld + k];
+    CHECK(sum[m] == all, "sum of row %lld is %d, expected %d", ll(m), sum[m], all);
+  }
+  machine.allow(signs.data(), signs.size());
+  cuda::LinearCall as_int8 = *c;
+  const int64_t row_bytes = c->N * dtype_bytes(c->y_dtype);
+  Canvas again(M, row_bytes, row_bytes);
+  as_int8.width = cuda::Width::bits1;
+  as_int8.rows = signs.data();
+  as_int8.ld_rows = ld;
+  as_int8.row_sum = sum.data();
+  as_int8.scale = scale.data();
+  as_int8.y = again.at();
+  if (!CHECK(run_linear(as_int8, plan, emulated_launch) == 0, "%s", machine.error.c_str())) return;
+  for (int64_t i = 0; i < M * c->N; ++i) {
+    CHECK(same(load_float(again.at(), c->y_dtype, i), load_float(y->at(), c->y_dtype, i)), "y[%lld] as int8", ll(i));
+  }
+}
+
 // Rows of bits as linear_xnor wants them, and the layer on them.
 void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& layout, const cuda::Plan& plan, Random& random) {
   set_case("signs %s splits=%lld M=%lld N=%lld K=%lld %s %s schedule %s", kernel_name(plan.kernel), ll(plan.splits), ll(M), ll(N),
@@ -97,8 +128,8 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
   Exact<int32_t> popcount(M);
   machine.error.clear();
   machine.forget_ranges();
-  const cuda::BinarizeParams b{x.origin,    dtype, x.stride_m,   x.stride_k,     M, K, threshold.data(),
-                               bits.data(), ld,    scale.data(), popcount.data()};
+  const cuda::BinarizeParams b{x.origin, dtype,   x.stride_m,   x.stride_k,     M, K, threshold.data(), bits.data(),
+                               ld,       nullptr, scale.data(), popcount.data()};
   if (!CHECK(run_binarize(b, emulated_launch) == 0, "%s", machine.error.c_str())) return;
   const KernelTable& table = runnable().front().table;
   std::vector<uint32_t> want_bits(static_cast<size_t>(M * words));
@@ -111,7 +142,10 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
     for (int64_t i = words; i < ld; ++i) CHECK(bits[m * ld + i] == 0, "pads are 0");
   }
 
-  Canvas y(M, N * 4, N * 4), want(M, N * 4, N * 4);
+  const Dtype y_dtype = kFloatDtypes[(N + K) % 3];
+  const Activation activation = kActivations[(M + K) % 5];
+  const int64_t row_bytes = N * dtype_bytes(y_dtype);
+  Canvas y(M, row_bytes, row_bytes), want(M, row_bytes, row_bytes);
   Exact<char> workspace(plan.workspace_bytes);
   cuda::LinearCall c{};
   c.M = M, c.N = N, c.K = K;
@@ -126,20 +160,22 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
   c.workspace = workspace.data();
   c.y = y.at();
   c.ldy = N;
-  c.bias_dtype = c.y_dtype = Dtype::f32;
-  c.activation = Activation::silu;
+  c.bias_dtype = Dtype::f32;
+  c.y_dtype = y_dtype;
+  c.activation = activation;
   machine.allow(bits.data(), bits.size() * 4);
   machine.allow(w.packed.data(), w.packed.size());
   if (!CHECK(run_linear(c, plan, emulated_launch) == 0, "%s", machine.error.c_str())) return;
   CHECK(y.intact(), "writes outside y");
+  check_signs_as_int8(x, threshold, plan, &c, &y);
   // The CPU op gives x's dtype: rows in f32 of the same values.
   const FloatRows wide(M, K, Dtype::f32, K, 1, [&](int64_t m, int64_t k) { return x.row(m)[k]; });
-  LinearWeights args = w.args(Activation::silu, true);
+  LinearWeights args = w.args(activation, true);
   args.threshold = threshold.data();
-  linear_xnor(table, M, wide.args(), args, {want.at(), Dtype::f32});
+  linear_xnor(table, M, wide.args(), args, {want.at(), y_dtype});
   for (int64_t i = 0; i < M * N; ++i) {
-    CHECK(same(y.at<float>()[i], want.at<float>()[i]), "y[%lld] is %.9g, expected %.9g", ll(i),
-          static_cast<double>(y.at<float>()[i]), static_cast<double>(want.at<float>()[i]));
+    const float got = load_float(y.at(), y_dtype, i), right = load_float(want.at(), y_dtype, i);
+    CHECK(same(got, right), "y[%lld] is %.9g, expected %.9g", ll(i), static_cast<double>(got), static_cast<double>(right));
   }
 }
 

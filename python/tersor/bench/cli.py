@@ -259,3 +259,49 @@ def sparse(
         write_csv(csv_path, measured)
     if plot_path:
         or_exit(lambda: plot(plot_path, measured, title))
+
+
+@bench.command()
+@click.option("--format", "format_name", default="int8-dynamic", show_default=True, help="Format of our layer.")
+@click.option("--m", "rows", type=Numbers(), default="1,16,256,4096", show_default=True, help="Rows of the input.")
+@click.option("--k", type=Numbers(), default="4096", show_default=True, help="Input features. Every K is combined with every N.")
+@click.option("--n", type=Numbers(), default="4096,11008", show_default=True, help="Output features.")
+@click.option("--against", default="bf16,int-mm,torchao", show_default=True, help="Contenders; ratios are to the first.")
+@click.option("--rounds", type=click.IntRange(3), default=7, show_default=True, help="Times each contender is measured.")
+@click.option("--csv", "csv_path", callback=output_file, metavar="FILE", help="Write the rows as CSV.")
+def cuda(
+    format_name: str,
+    rows: tuple[int, ...],
+    k: tuple[int, ...],
+    n: tuple[int, ...],
+    against: str,
+    rounds: int,
+    csv_path: Path | None,
+) -> None:
+    """Time linear layers on a GPU: ours, cuBLAS in bfloat16, torch._int_mm and torchao, as CUDA graphs between CUDA events.
+
+    "cold" is one call after the L2 cache was overwritten, "hot" many in a row; "of data sheet" is the time that the GPU's printed
+    peaks allow for the shape over the cold time.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .cuda import CudaBench, CudaRow, Gpu, markdown
+    from .our_formats import our_formats
+    from .output import write_csv
+
+    formats = our_formats()
+    if format_name not in formats:
+        raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(formats)}", param_hint="--format")
+    gpu = or_exit(Gpu)
+    names = tuple(name.strip() for name in against.split(",") if name.strip() not in ("", "none"))
+    run = CudaBench(tuple((a, b) for a in k for b in n), rows, formats[format_name], names, rounds)
+    measured: list[CudaRow] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("layers", total=len(run.cases()))
+        or_exit(lambda: measured.extend(run.run(gpu, on_case=lambda: progress.advance(task))))
+    click.echo(f"{gpu.name}, bfloat16 in and out, {format_name}\n\n{markdown(measured)}")
+    for reason in run.skipped:
+        click.echo(f"skipped: {reason}")
+    if csv_path:
+        write_csv(csv_path, measured)

@@ -121,6 +121,7 @@ def search(
     *,
     max_drop: float,
     metric: Metric,
+    damage_inputs: Any = None,
     filter_fn: Filter | None = None,
     path: str | Path | None = None,
     rounds: int = 7,
@@ -132,8 +133,9 @@ def search(
         tersor.quantize_(model, config)
 
     formats   as in sensitivity(); float is always a candidate
-    inputs    what the speed is for: a tensor, a tuple, a dict, or an iterable of those; also what the damage of each layer alone is
-              measured on
+    inputs    what the speed is for: a tensor, a tuple, a dict, or an iterable of those
+    damage_inputs
+              what the damage of each layer alone is measured on: more than one token of a text, say; None: inputs
     max_drop  in units of the metric, 0 or more
     metric    metric(model) -> float, higher is better; called some ten times
     path      a JSON file: a search that was stopped goes on from it
@@ -159,7 +161,8 @@ def search(
             raise ValueError("search: the inputs reach no layer that could be swapped")
         memory = Memory.open(path, "search", units, repr([sorted(counts[id(unit.layer)].items()) for unit in units]))
         run = _Run(model, units, metric, memory)
-        run.measure_layers([counts[id(unit.layer)] for unit in units], calls, progress)
+        judged_on = calls if damage_inputs is None else batches(damage_inputs, "search: damage_inputs")
+        run.measure_layers([counts[id(unit.layer)] for unit in units], judged_on, progress)
         exact = math.prod(len(unit.formats) + 1 for unit in units) <= EXACT
         run.walk(max_drop, exact, progress)
         return run.result(calls, max_drop, exact, remarks, rounds, progress)

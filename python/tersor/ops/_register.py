@@ -12,6 +12,7 @@ from torch._C import _get_tracing_state, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from .. import native
 from .transforms import vmap_rule
 
 NAMESPACE = "tersor"
@@ -114,7 +115,9 @@ class Op:
             except Exception as reason:
                 # An accident of the rule itself, on a None or a str where a number belongs, explains less than torch's own error.
                 # A RuntimeError is torch's too: how much memory the result would take.
-                if isinstance(reason, RuntimeError) or (isinstance(reason, ValueError | TypeError) and ": " in str(reason)):
+                # Not that a device of this torch has no memory to give, which the kernel has said better.
+                memory = isinstance(reason, RuntimeError) and not isinstance(reason, NotImplementedError)
+                if memory or (isinstance(reason, ValueError | TypeError) and ": " in str(reason)):
                     raise reason from None
             raise
 
@@ -140,6 +143,27 @@ class Op:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return op_by_name, (self.name,)
+
+
+def has_cuda_kernel(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+
+
+def serve_on_cuda(op: Op, kernel: Callable[..., Any] | None = None) -> None:
+    """What a CUDA tensor gets where no kernel is registered for it: `kernel`, or where there is none or it returns NotImplemented
+    the reference, which is said once."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = NotImplemented if kernel is None else kernel(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        native.warn_once(
+            f"tersor: {op.name} has no CUDA kernel for these tensors in this installation; on the GPU it runs as its plain-torch "
+            "reference, exact but slow (tersor.info() lists what has one)"
+        )
+        return op.reference(*args, **kwargs)
+
+    library.impl(op.name, run, "CUDA")
 
 
 def op_by_name(name: str) -> Op:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import int_matmul as _int_matmul
-from ._register import op
+from ._register import library, op
 from .checks import as_rows, check_bias, check_device, check_tensors, check_weight_scale, check_x
 from .epilogues import check_epilogue
 from .linear_int8 import finish
 from .quantize_rows import quantize_rows
-from .sparse_storage import check_shapes, sparse_rows
+from .sparse_storage import check_shapes, sparse_rows, storage_of
+
+# The kernel of one storage on CUDA, the only one there: linear_sparse goes to it (_register.serve_on_cuda).
+library.define("linear_sparse_pairs(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? bias, str epilogue) -> Tensor")
 
 
 def _check(
@@ -74,3 +80,19 @@ def linear_sparse(
     n, k = weight_scale.shape[0], x.shape[-1]
     acc = _int_matmul.int_matmul(as_rows(q), sparse_rows(weight_packed, weight_index, weight_offset, n, k))
     return finish(acc.reshape(*x.shape[:-1], n), scale, weight_scale, bias, epilogue, x.dtype)
+
+
+def pairs_on_cuda(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_index: Tensor,
+    weight_offset: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    epilogue: str = "none",
+) -> Any:
+    """linear_sparse by its CUDA kernel; NotImplemented for a storage that has none."""
+    if storage_of(weight_packed, weight_index) != "pairs":
+        return NotImplemented
+    return torch.ops.tersor.linear_sparse_pairs.default(x, weight_packed, weight_scale, bias, epilogue)

@@ -12,6 +12,8 @@ By the shapes of the other two, Nt = ceil(N/16), Kt = ceil(K/4):
     windows  weight_packed uint8 [S, 128]       64 positions, then 64 values; channel n has bytes 4n .. 4n + 3 of both
              weight_index  uint8 [0]            Positions are the low 7 bits and count in a window of 128 k; bit 7 of positions
                                                 0..15 are bits 0..15 of where it begins, in steps of 32 k
+    pairs    weight_packed uint8 [Nt, Kb, 640]  of weights with two values in every four k, for GPUs (ops/sparse_pairs.py)
+             weight_index  uint8 [0]            An entry is 16 channels x 64 k
 
 A window's entry is one lookup of 64 bytes of x in 128 and one dot product. Each channel has its non-zeros in ascending order, four
 at most in an entry; a window begins at the first k that any of the 16 channels still lacks, so that a channel with fewer zeros than
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sparse_pairs import BLOCK_BYTES, BLOCK_K, ascending, pack_pairs, pair_rows
 from .tiles import TILE_BYTES, TILE_N, ceil_div, pack, packed_shape, unpack
 
 MASK_SLACK = 64
@@ -46,7 +49,7 @@ class Parts(NamedTuple):
 
 
 def storage_of(weight_packed: Tensor, weight_index: Tensor) -> str:
-    """ "tiles", "masks" or "windows" by the shapes, or "" where they are none of these."""
+    """ "tiles", "masks", "windows" or "pairs" by the shapes, or "" where they are none of these."""
     dims = (weight_packed.dim(), weight_index.dim())
     if dims == (2, 2) and weight_packed.shape[1] == TILE_BYTES and weight_index.shape[1] == 2:
         return "tiles"
@@ -54,6 +57,8 @@ def storage_of(weight_packed: Tensor, weight_index: Tensor) -> str:
         return "masks"
     if dims == (2, 1) and weight_packed.shape[1] == 2 * TILE_BYTES and weight_index.shape[0] == 0:
         return "windows"
+    if dims == (3, 1) and weight_packed.shape[2] == BLOCK_BYTES and weight_index.shape[0] == 0:
+        return "pairs"
     return ""
 
 
@@ -61,8 +66,12 @@ def pack_sparse(weight: Tensor, storage: str | None = None) -> Parts:
     """int8 values [N, K] -> what is stored; storage None: the one that is faster, of those that are not larger than dense tiles."""
     n, k = weight.shape
     nt, kt, _ = packed_shape(n, k)
-    tiles = pack(weight.contiguous().view(torch.uint8))
     sums = torch.nn.functional.pad(weight.sum(1, dtype=torch.int32), (0, nt * TILE_N - n)).reshape(nt, TILE_N)
+    if storage == "pairs":
+        blocks = pack_pairs(weight)
+        offset = torch.arange(nt + 1, device=weight.device) * blocks.shape[1]
+        return Parts(blocks, torch.zeros(0, dtype=torch.uint8, device=weight.device), offset, sums)
+    tiles = pack(weight.contiguous().view(torch.uint8))
     full = (tiles != 0).any(-1)
     if storage is None:
         storage, windows = _choose(weight, int(full.sum()), nt * kt * TILE_BYTES)
@@ -144,6 +153,8 @@ def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tens
     nt, kt, _ = packed_shape(n, k)
     storage = storage_of(weight_packed, weight_index)
     device = weight_packed.device
+    if storage == "pairs":
+        return pair_rows(weight_packed, n, k)
     if storage == "masks":
         place = torch.arange(8, dtype=torch.uint8, device=device)
         present = ((weight_index.unsqueeze(-1) >> place) & 1).bool().reshape(nt, kt, TILE_BYTES)
@@ -190,12 +201,15 @@ def check_shapes(function: str, packed: Tensor, index: Tensor, offset: Tensor, s
     fits = storage != "" and (
         tuple(index.shape) == (nt, kt, 8) and packed.shape[0] >= MASK_SLACK
         if storage == "masks"
+        else tuple(packed.shape) == (nt, ceil_div(k, BLOCK_K), BLOCK_BYTES)
+        if storage == "pairs"
         else storage == "windows" or index.shape[0] == packed.shape[0]
     )
     if not fits:
         raise ValueError(
             f"{function}: weight_packed is {list(packed.shape)} and weight_index {list(index.shape)}, expected [T, 64] and [T, 2], "
-            f"[S, 128] and [0], or [64 or more] and [{nt}, {kt}, 8] for N={n}, K={k}"
+            f"[S, 128] and [0], [64 or more] and [{nt}, {kt}, 8], or [{nt}, {ceil_div(k, BLOCK_K)}, {BLOCK_BYTES}] and [0] "
+            f"for N={n}, K={k}"
         )
     if tuple(offset.shape) != (nt + 1,) or tuple(sums.shape) != (nt, TILE_N):
         raise ValueError(
@@ -209,6 +223,12 @@ def check_structure(function: str, parts: Parts, n: int, k: int) -> None:
     """Raises ValueError unless the stored tensors make an int8 weight [N, K]; reads all of them but the values."""
     packed, index, offset, sums = parts
     storage = check_shapes(function, packed, index, offset, sums, n, k)
+    if storage == "pairs":
+        if not ascending(packed):
+            raise ValueError(f"{function}: weight_packed holds a pair of values whose places do not ascend")
+        if not torch.equal(offset, torch.arange(len(offset), device=offset.device) * packed.shape[1]):
+            raise ValueError(f"{function}: weight_offset is not in steps of {packed.shape[1]}, the blocks of an n tile")
+        return
     entries = packed.shape[0] - (MASK_SLACK if storage == "masks" else 0)
     if int(offset[0]) != 0 or int(offset[-1]) != entries or bool((offset[1:] < offset[:-1]).any()):
         raise ValueError(f"{function}: weight_offset does not rise from 0 to {entries}, the entries of weight_packed")

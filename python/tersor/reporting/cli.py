@@ -84,16 +84,18 @@ def report(
     from ..bench.our_formats import our_formats
     from ..bench.timing import torch_threads
     from ..formats import Int8Static
+    from ..static_scales import calibrate
     from ..swap import quantize_
     from .measure import report as compare
 
-    # The scale of Int8Static differs by layer: only the function can be given what calibration found.
-    formats = {name: fmt for name, fmt in our_formats().items() if not isinstance(fmt, Int8Static)}
+    formats = our_formats()
     if format_name not in formats:
         raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(formats)}", param_hint="--format")
     score = or_exit(lambda: attribute(metric, "metric")) if metric else None
     before, given = model_and_inputs(model, inputs)
-    after = or_exit(lambda: quantize_(copy.deepcopy(before), formats[format_name], progress=True))
+    fmt = formats[format_name]
+    config = or_exit(lambda: calibrate(before, Int8Static(), given)) if isinstance(fmt, Int8Static) else fmt
+    after = or_exit(lambda: quantize_(copy.deepcopy(before), config, progress=True))
     with torch_threads(threads):
         found = or_exit(lambda: compare(before, after, given, score, per_layer=per_layer, rounds=rounds, progress=True))
     Console(width=None if sys.stdout.isatty() else 150).print(found)

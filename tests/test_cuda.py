@@ -1,0 +1,196 @@
+"""The CUDA binding and what stands around it, without a GPU: which ops have kernels, what they need, what a call says here, what a
+layer keeps on a GPU. tests/test_gpu.py runs the ops on one."""
+
+import logging
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cases import assert_equal
+
+import tersor
+import tersor.ops as ops
+from tersor import native
+from tersor.ops import _register
+from tersor.ops.sparse_pairs import BLOCK_BYTES, is_24
+from tersor.ops.sparse_storage import check_structure
+from tersor.plain import tiles_of, to_device_form_
+
+binding = pytest.mark.skipif(not ops.NATIVE_CUDA, reason="this installation has no CUDA kernels: build with TERSOR_CUDA=ON")
+no_cuda_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a build with CUDA")
+LAYERS = [name for name, op in ops.OPS.items() if op.kernels and not name.endswith("_differentiable")]
+BY_REFERENCE = {"linear_weight_only", "linear_sparse", "linear_sparse_float"}  # linear_sparse: but for 2:4 weights
+
+
+class OnGpu(torch.Tensor):
+    """A tensor without memory that says it is on a GPU: reaches the CUDA key of the dispatcher in any torch."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, t: torch.Tensor, device: str = "cuda:0"):
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype, device=device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was not to be called")
+
+
+@binding
+def test_every_op_with_a_kernel_has_one_on_cuda():
+    assert set(ops.CUDA_KERNELS) == set(LAYERS) - BY_REFERENCE
+    for name in LAYERS:
+        assert _register.has_cuda_kernel(name), name
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("tersor::linear_sparse_pairs", "CUDA")
+    assert "linear_dynamic" in tersor.info().devices["cuda"]
+
+
+@binding
+@no_cuda_torch
+def test_a_cuda_tensor_on_a_torch_without_cuda_says_so():
+    x = torch.randn(3, 64)
+    tiles = ops.from_rows(torch.zeros(16, 64, dtype=torch.int8))
+    layer = (tiles, torch.ones(16))
+    calls = {
+        "quantize_rows": (x,),
+        "quantize_static": (x, torch.tensor(0.1)),
+        "binarize_rows": (x, torch.zeros(64)),
+        "linear_dynamic": (x, *layer, None),
+        "linear_static": (x, *layer, None, torch.tensor(0.1)),
+        "linear_acc": (x.to(torch.int8), torch.zeros(3, dtype=torch.int32), tiles, 16),
+        "linear_glu": (x, *layer, None, "silu"),
+        "norm_quantize": (x, None, None, None, 1e-5, "rms"),
+    }
+    for name, arguments in calls.items():
+        on_gpu = [OnGpu(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        for call in (ops.OPS[name], ops.OPS[name].raw):
+            with torch._C._DisableTorchDispatch(), pytest.raises(RuntimeError, match="install one with CUDA") as error:
+                call(*on_gpu, *([False, False] if name == "norm_quantize" else []))
+            assert str(error.value).startswith(f"{name}: got a CUDA tensor, but this torch is a build without CUDA")
+
+
+@binding
+def test_symbols_of_the_library():
+    path = Path(ops.__file__).parents[1] / "_torch_cuda.so"
+    if not shutil.which("readelf"):
+        pytest.skip("no readelf on the PATH (binutils)")
+    dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if re.search(r"cuda|cudart|nvidia|c10|python", name)], needed
+    symbols = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
+    undefined = re.findall(r" U (\S+)", symbols)
+    assert not [name for name in undefined if re.match(r"cuda|cu[A-Z]|__cuda", name)], "the CUDA runtime is not inside"
+    assert not [name for name in undefined if name.startswith("Py")]
+    exported = re.findall(r" T (\S+)", symbols)
+    assert not [name for name in exported if re.match(r"cuda|__cuda", name)], "the CUDA runtime inside would meet torch's own"
+    assert path.stat().st_size < 20 << 20
+
+
+def test_what_has_no_cuda_kernel_runs_as_its_reference_and_says_so_once(caplog, monkeypatch):
+    op = ops.linear_weight_only
+    run = {}
+    monkeypatch.setattr(_register.library, "impl", lambda name, f, key: run.update({(name, key): f}))
+    native.warn_once.cache_clear()
+    _register.serve_on_cuda(op)
+    x, w = torch.randn(3, 20), torch.randint(-127, 128, (18, 20), dtype=torch.int8)
+    arguments = (x, ops.from_rows(w), torch.rand(18), None)
+    with caplog.at_level(logging.WARNING, "tersor"):
+        for _ in range(2):
+            assert_equal(run["linear_weight_only", "CUDA"](*arguments), op.reference(*arguments))
+    assert [record.message.split(" in this")[0] for record in caplog.records] == [
+        "tersor: linear_weight_only has no CUDA kernel for these tensors"
+    ]
+    _register.serve_on_cuda(op, lambda *_: NotImplemented)
+    assert_equal(run["linear_weight_only", "CUDA"](*arguments), op.reference(*arguments))
+    _register.serve_on_cuda(op, lambda *_: "the kernel's")
+    assert run["linear_weight_only", "CUDA"](*arguments) == "the kernel's"
+
+
+# ---- 2:4 -------------------------------------------------------------------------------------------------------------------------
+
+
+def pruned_24(n: int, k: int) -> torch.Tensor:
+    """int8 [N, K] with at most two values in every four k; some are zero all the same."""
+    w = torch.randint(-127, 128, (n, -(-k // 4), 4), dtype=torch.int8)
+    keep = torch.zeros_like(w).scatter_(-1, torch.rand(w.shape).argsort(-1)[..., :2], 1)
+    return (w * keep * (torch.rand(w.shape) < 0.9)).reshape(n, -1)[:, :k].contiguous()
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 64), (37, 130), (40, 63), (5, 260)])
+def test_pairs_are_packed_and_unpacked(n: int, k: int):
+    w = pruned_24(n, k)
+    parts = ops.pack_sparse(w, "pairs")
+    assert tuple(parts.weight_packed.shape) == (-(-n // 16), -(-k // 64), BLOCK_BYTES)
+    assert_equal(ops.sparse_rows(*parts[:3], n, k), w)
+    check_structure("test", parts, n, k)
+    x, scale = torch.randn(3, k), torch.rand(n)
+    assert_equal(ops.linear_sparse.reference(x, *parts, scale, None), ops.linear_sparse(x, *ops.pack_sparse(w), scale, None))
+
+
+def test_a_lane_finds_its_fragment():
+    # by the drawing in csrc/cuda/ptx.cuh: w[n][k] = n + 16 (k mod 64 / 4) at k mod 4 in {1, 2}
+    n, k = torch.arange(16).unsqueeze(1), torch.arange(64)
+    w = torch.where((k % 4 == 1) | (k % 4 == 2), n + 16 * (k // 4 % 7) + 1, 0).to(torch.int8)
+    block = ops.pack_sparse(w, "pairs").weight_packed[0, 0]
+    for g in range(8):
+        for t in range(4):
+            lane = 4 * g + t
+            for register in range(4):
+                row, half = g + 8 * (register % 2), register // 2
+                for byte in range(4):
+                    group = 8 * half + 2 * t + byte // 2
+                    assert int(block[16 * lane + 4 * register + byte]) == int(w[row, 4 * group + 1 + byte % 2])
+            assert block[512 + 4 * lane : 516 + 4 * lane].tolist() == [0x99] * 4  # places 1 and 2: 1 | 2 << 2
+
+
+def test_pairs_refuse_what_they_cannot_hold():
+    w = pruned_24(16, 64)
+    w[3, 8:11] = 5
+    assert not is_24(w)
+    with pytest.raises(ValueError, match="more than two values in four neighbouring k"):
+        ops.pack_sparse(w, "pairs")
+    parts = ops.pack_sparse(pruned_24(16, 64), "pairs")
+    parts.weight_packed[0, 0, 600] = 0
+    with pytest.raises(ValueError, match="places do not ascend"):
+        check_structure("test", parts, 16, 64)
+    with pytest.raises(ValueError, match="weight_packed is stored for a GPU"):
+        ops.linear_sparse(torch.randn(2, 64), *parts, torch.ones(16), None)
+
+
+def test_a_24_layer_changes_its_form_with_the_device(tmp_path):
+    n, k = 37, 128
+    linear = torch.nn.Linear(k, n)
+    with torch.no_grad():
+        linear.weight.mul_(pruned_24(n, k) != 0)
+    layer = tersor.QuantLinear.from_linear(linear, tersor.SparseInt8())
+    before = {spec.name: getattr(layer, spec.name).clone() for spec in layer.specs()}
+    x = torch.randn(3, k)
+    want = layer(x)
+    # what .to("cuda") does behind the move, without one
+    to_device_form_(layer, torch.device("cuda"))
+    assert tuple(layer.weight_packed.shape) == (3, 2, BLOCK_BYTES)
+    assert [name for name, _ in layer.named_parameters()][-1] == "bias"
+    assert_equal(ops.linear_sparse.reference(x, *(getattr(layer, s.name) for s in layer.specs()), layer.bias), want)
+    assert int((layer.dequantize().weight != 0).sum()) <= n * k // 2
+    for name, value in tiles_of(layer).items():
+        assert_equal(value, before[name])
+    tersor.save(torch.nn.Sequential(layer), tmp_path / "model.safetensors")
+    loaded = tersor.load_(torch.nn.Sequential(torch.nn.Linear(k, n)), tmp_path / "model.safetensors")
+    assert_equal(loaded(x), want)
+    layer.to("cpu")
+    for name, value in before.items():
+        assert_equal(getattr(layer, name).detach(), value)
+    assert_equal(layer(x), want)
+
+
+def test_other_sparse_layers_keep_their_form():
+    linear = torch.nn.Linear(128, 37)
+    layer = tersor.QuantLinear.from_linear(linear, tersor.SparseInt8())
+    stored = {spec.name: getattr(layer, spec.name) for spec in layer.specs()}
+    assert layer.format.on_device(stored, "cuda", 37, 128) is None
+    dense = tersor.QuantLinear.from_linear(linear, tersor.Int8Dynamic())
+    assert dense.format.on_device({}, "cuda", 37, 128) is None

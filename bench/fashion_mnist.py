@@ -134,7 +134,8 @@ def measure(models: dict[str, nn.Module], data: Data, threads: int, rounds: int)
 
 def table(results: list[Result], speed: dict[int, dict[str, Timing]], steps: int, threads: int) -> Table:
     import torch
-    from minilm import model_bytes
+
+    from tersor.comparison import model_bytes
 
     models = results[0].models
     sizes = {name: model_bytes(model) for name, model in models.items()}

@@ -90,7 +90,8 @@ def table(
 ) -> Table:
     import torch
     from fashion_mnist_model import accuracy
-    from minilm import model_bytes
+
+    from tersor.comparison import model_bytes
 
     def mean(name: str) -> float:
         return statistics.fmean(result.accuracies[name] for result in results)

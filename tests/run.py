@@ -44,17 +44,21 @@ def lint(full: bool) -> None:
     run(BIN / "ruff", "check", "-q", ".")
     run(BIN / "ruff", "format", "-q", "--check", ".")
     files = subprocess.run(
-        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "csrc/*", "tests/cpp/*", "tests/cuda_emulator/*", "tests/emulator/*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     sources = [f for f in files.stdout.split() if f.endswith((".cpp", ".h", ".inl", ".cu", ".cuh"))]
     run(BIN / "clang-format", "--dry-run", "-Werror", *sources)
     run(BIN / "mypy")
 
 
-def build_cpp(folder: Path, *options: str) -> None:
+def build_cpp(folder: Path, *options: str, target: str = "all") -> None:
     common = ("-DTERSOR_TORCH=OFF", "-DTERSOR_NUMPY=OFF", "-DTERSOR_CPP_TESTS=ON")
     run(BIN / "cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "--log-level=WARNING", *common, *options)
-    run(BIN / "cmake", "--build", folder, "--", "--quiet")
+    run(BIN / "cmake", "--build", folder, "--target", target, "--", "--quiet")
 
 
 def cpp(full: bool) -> None:
@@ -101,7 +105,8 @@ def cuda_binding(full: bool) -> None:
 def sanitizers(full: bool) -> None:
     """The same kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     folder = BUILD / "cpp-sanitized"
-    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined")
+    # avx_vnni too, where the CPU has the other form of its instruction.
+    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined", "-DTERSOR_EVEX_VNNI=ON")
     run(folder / "kernel_tests", *(["--fuzz", "2000"] if full else []))
 
 
@@ -145,6 +150,55 @@ def fuzz(full: bool) -> None:
         raise subprocess.CalledProcessError(files.returncode, "tests/fuzz_files.py")
 
 
+def missing_tools(*names: str) -> bool:
+    missing = [name for name in names if shutil.which(name) is None]
+    if missing:
+        print(f"skipped: no {', no '.join(missing)} in PATH (Debian: g++-aarch64-linux-gnu, qemu-user-static)", flush=True)
+    return bool(missing)
+
+
+def arm(full: bool) -> None:
+    """The kernel tests on aarch64, cross-compiled and run by qemu; with --full on cores that lack what the best variant uses, and
+    the op tests under an aarch64 torch."""
+    if missing_tools("aarch64-linux-gnu-g++", "qemu-aarch64-static"):
+        return
+    folder = BUILD / "arm"
+    options = ("SYSTEM_NAME=Linux", "SYSTEM_PROCESSOR=aarch64", "CXX_COMPILER=aarch64-linux-gnu-g++", "EXE_LINKER_FLAGS=-static")
+    build_cpp(folder, *(f"-DCMAKE_{option}" for option in options), target="kernel_tests")
+    tests = [[]] if full else [["--only", name] for name in ("digest", "dispatch", "gemm_s32_blocks", "xnor_split", "sparse_int8")]
+    for cpu in ("max", "a64fx", "cortex-a76", "cortex-a72") if full else ("max",):
+        for only in tests:
+            run("qemu-aarch64-static", "-cpu", cpu, folder / "kernel_tests", "--fuzz", "20", *only)
+    if full:
+        run("tests/arm_torch.sh", sys.executable)
+
+
+def amx(full: bool) -> None:
+    """The op tests with AMX kernels, on an emulator of its instructions where the CPU lacks them."""
+    if not full:
+        return  # the kernel tests run on the emulator too
+    emulator = BUILD / "cpp" / "libtersor_emulator.so"
+    if "avx512_icl" not in variants() or not emulator.exists():
+        print("skipped: the emulator needs the AVX-512 that AMX comes with, and the part cpp", flush=True)
+        return
+    # pytest's own handler of SIGILL would take the place of the emulator's.
+    pytest("-p", "no:faulthandler", "tests/test_exact.py", LD_PRELOAD=str(emulator), TERSOR_ISA="amx_int8")
+
+
+def older_cpus(full: bool) -> None:
+    """x86 CPUs without AVX-512 and without AVX, under qemu, which traps what they lack: Python, torch and the kernels."""
+    if not full or missing_tools("qemu-x86_64-static"):
+        return
+    layer = "tersor.nn.QuantLinear.from_linear(torch.nn.Linear(70, 33), tersor.Int8Dynamic())(torch.ones(5, 70))"
+    code = f"import tersor, torch; served = tersor.info().kernels['gemm_w8']; print(served, {layer}.shape)"
+    for cpu, isa in (("Haswell", "avx2"), ("Nehalem", "sse41"), ("Nehalem", "scalar")):
+        emulator = ("qemu-x86_64-static", "-cpu", cpu)
+        # Not those that read floats up to a page's end: qemu 7.2 reads a whole vector there for AVX2, the CPU does not.
+        run(*emulator, BUILD / "cpp" / "kernel_tests", "--only", "gemm_s32")
+        run(*emulator, sys.executable, "-c", f"{code}; assert served == '{isa}'", TERSOR_ISA=isa)
+    run("qemu-x86_64-static", "-cpu", "Haswell", sys.executable, "-m", "pytest", "tests/test_exact.py", "-k", "not variants_agree")
+
+
 def variants() -> list[str]:
     code = "import tersor; print(*[name for name, runnable, _ in tersor.info().variants if runnable])"
     out = subprocess.run([sys.executable, "-c", code], cwd=BUILD, capture_output=True, text=True, check=True)
@@ -173,13 +227,25 @@ def no_native(full: bool) -> None:
 
 def xla(full: bool) -> None:
     """The references through torchax on JAX CPU, and compiled for TPUs; torchax and libtpu go into a folder of their own."""
+    folder = BUILD / "xla"
+    if full:
+        packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
+        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
+    elif not (folder / "torchax").is_dir():
+        print("skipped: no torchax in build/xla; make test-xla installs it", flush=True)
+        return
+    # A process of their own: torchax changes torch's devices for good. The TPU compiler and MiniLM op by op take minutes.
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_xla*.py"))
+    chosen = ("-m", "xla" if full else "xla and not slow and not tpu_aot")
+    pytest(*tests, *chosen, PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", **(SLOW_FLAGS if full else {}))
+
+
+def examples(full: bool) -> None:
+    """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
     if not full:
         return
-    folder = BUILD / "xla"
-    packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
-    run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
-    # A process of their own: torchax changes torch's devices for good.
-    pytest("tests/test_xla.py", "tests/test_xla_tpu.py", PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist", "distill_minilm", "tabular"):
+        run(sys.executable, f"bench/{name}.py", "--short")
 
 
 PARTS: dict[str, Callable[[bool], None]] = {
@@ -188,11 +254,15 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "cpp": cpp,
     "cuda": cuda,
     "sanitizers": sanitizers,
+    "arm": arm,
     "fuzz": fuzz,
     "suite": suite,
     "other_variants": other_variants,
+    "amx": amx,
+    "older_cpus": older_cpus,
     "no_native": no_native,
     "xla": xla,
+    "examples": examples,
 }
 
 

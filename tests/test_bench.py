@@ -180,7 +180,7 @@ def test_cache_that_cannot_be_written_costs_nothing_but_time(cache: Path, kind: 
         def no_space(*args, **kwargs):
             raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(machines.tempfile, "mkstemp", no_space)
+        monkeypatch.setattr("tersor.json_files.tempfile.mkstemp", no_space)
     assert machines.this_machine().limits[0].int8 > 0
     assert not cache.is_dir() or not list(cache.iterdir())
 

@@ -89,6 +89,8 @@ def test_arguments_that_are_no_dense_tensors():
         "linear_s8": {"q": q, "scale": x_scale, "row_sum": row_sum, "weight_packed": tiles, "weight_scale": scale, "bias": bias},
         "input_grad": {"grad": torch.randn(3, N), "weight_packed": tiles, "weight_scale": scale, "in_features": K},
     }
+    good["linear_dynamic_quantize"] = good["linear_dynamic"]
+    good["linear_s8_quantize"] = good["linear_s8"]
     x, tiles, scale, threshold, bias = Case(3, N, K).make_xnor()
     good["binarize_rows"] = {"x": x, "threshold": threshold}
     good["linear_xnor"] = {"x": x, "weight_packed": tiles, "weight_scale": scale, "threshold": threshold, "bias": bias}

@@ -183,6 +183,9 @@ def test_fused_ops_have_the_same_bits_as_torch(case: Case):
         got = tn.norm_quantize(xn.T.copy().T, other.numpy(), weight.numpy(), None if b is None else b.numpy(), 1e-6, kind)
         for g, w in zip(got, ops.norm_quantize(x, other, weight, b, 1e-6, kind, True, True), strict=True):
             assert np.array_equal(g, w.numpy())
+    got = tn.linear_dynamic_quantize(xn, *stored, "silu", bits)
+    for g, w in zip(got, ops.linear_dynamic_quantize(x, tiles, scale, bias, "silu", bits), strict=True):
+        assert np.array_equal(g, w.numpy())
     if case.n % 32 == 0:
         assert np.array_equal(tn.linear_glu(xn, *stored, "gelu", bits), ops.linear_glu(x, tiles, scale, bias, "gelu", bits).numpy())
         got = tn.linear_glu_quantize(xn, *stored, "silu", bits)

@@ -40,7 +40,7 @@ def arguments(name: str, layer) -> tuple:
         return (x,)
     if name == "linear_acc":
         return (q, row_sum, tiles, 37)
-    if name == "linear_s8":
+    if name in ("linear_s8", "linear_s8_quantize"):
         return (q, x_scale, row_sum, tiles, scale, bias, "gelu", torch.bfloat16)
     if name == "norm_quantize":
         return (x, torch.randn(5, 70), torch.randn(70), torch.randn(70), 1e-5, "layer", True, True)

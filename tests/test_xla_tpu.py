@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from xla_common import jax, xla
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-jax = pytest.importorskip("jax", reason="JAX is not installed: make test-full has a part xla that installs it")
-pytest.importorskip("torchax", reason="torchax is not installed: make test-full has a part xla that installs it")
-pytest.importorskip("libtpu", reason="libtpu is not installed: make test-full has a part xla that installs it")
+import tersor
 
-import tersor  # noqa: E402
-from tersor.backends import xla  # noqa: E402
+pytest.importorskip("libtpu", reason="libtpu is not installed: make test-xla installs it")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+tpu = pytest.importorskip("tpu_compiler")
 
+pytestmark = [pytest.mark.xla, pytest.mark.tpu_aot]
 M, K, N = 128, 384, 1536  # rows, and a feed-forward layer of MiniLM
-TOPOLOGIES = ["v5e:2x2", "v6e:2x2"]
+CHIPS = ["v5e", "v6e"]
 FORMATS = [tersor.Int8Dynamic(), tersor.Binary(), tersor.BinaryXnor()]
-
-
-def compiled(model: nn.Module, x: torch.Tensor, topology: str) -> str:
-    """The optimised HLO of the exported model for one chip of `topology`."""
-    from jax.experimental import topologies
-
-    chip = topologies.get_topology_desc(topology, platform="tpu").devices[0]
-    place = jax.sharding.SingleDeviceSharding(chip)
-    exported = xla.export(model, (x,), dynamic_batch=False)
-    lowered = jax.jit(exported.call, in_shardings=place, out_shardings=place).lower(*exported.in_avals)
-    return lowered.compile().as_text()
 
 
 def computations(hlo: str) -> dict[str, str]:
@@ -40,40 +30,73 @@ def computations(hlo: str) -> dict[str, str]:
     return dict(found)
 
 
-@pytest.mark.tpu_aot
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_one_s8_convolution_with_the_epilogue_in_its_fusion(fmt, topology: str):
-    model = nn.Sequential(tersor.QuantLinear.from_linear(nn.Linear(K, N), fmt), nn.ReLU())
-    hlo = compiled(model, torch.randn(M, K), topology)
+def products(hlo: str, weights: list[tuple[int, int]]) -> dict[int, list[str]]:
+    """N -> the texts of the output fusions whose root is an s8 x s8 -> s32 convolution with its epilogue: one for each weight [N, K],
+    which is read as it is stored."""
     parts = computations(hlo)
-    products = {name: text for name, text in parts.items() if re.search(r"= s32\[[\d,]*\]\S* convolution\(", text)}
-    assert len(products) == 1, "one integer product"
-    assert not re.search(r"= (f32|bf16)\[[\d,]*\]\S* (convolution|dot)\(", hlo), "and no float one"
-    ((name, text),) = products.items()
-    assert re.search(rf"fusion\([^\n]*kind=kOutput, calls=%?{re.escape(name)}\b", hlo), (
-        "the product is the root of an output fusion"
-    )
-    # scale of the row, scale of the channel, bias, relu: in the same fusion
-    assert len(re.findall(r" multiply\(", text)) >= 2
-    assert " add(" in text
-    assert " maximum(" in text
-    operands = re.search(r" convolution\(%([\w.\-]+), %([\w.\-]+)\)", text)
-    assert operands is not None
-    for operand in operands.groups():
-        assert re.search(rf"%{re.escape(operand)} = s8\[", text), f"{operand} is not s8"
-    # The weight is read as it is stored: nothing of its size is copied, transposed or converted outside the fusion. (Within, the
-    # compiler names the change of tiling on the way to the matrix unit a copy.)
-    inside = {name}
-    while more := {called for i in inside for called in re.findall(r"calls=%?([\w.\-]+)", parts[i])} - inside:
+    found = {name: text for name, text in parts.items() if re.search(r"= s32\[[\d,]*\]\S* convolution\(", text)}
+    by_channels: dict[int, list[str]] = {}
+    for name, text in found.items():
+        assert re.search(rf"fusion\([^\n]*kind=kOutput, calls=%?{re.escape(name)}\b", hlo), f"{name} is not an output fusion"
+        # scale of the row, scale of the channel, bias: in the same fusion
+        assert len(re.findall(r" multiply\(", text)) >= 2, name
+        assert " add(" in text, name
+        ((channels, *operands),) = re.findall(r"= s32\[[\d,]*?(\d+)\]\S* convolution\(%([\w.\-]+), %([\w.\-]+)\)", text)
+        for operand in operands:
+            assert re.search(rf"%{re.escape(operand)} = s8\[", text), f"{operand} is not s8"
+        by_channels.setdefault(int(channels), []).append(text)
+    assert {n: len(texts) for n, texts in by_channels.items()} == Counter(n for n, _ in weights)
+    # Nothing of a weight's size is copied, transposed or converted outside these fusions. (Within, the compiler names the change of
+    # tiling on the way to the matrix unit a copy.)
+    inside = set(found)
+    while more := {called for name in inside for called in re.findall(r"calls=%?([\w.\-]+)", parts[name])} - inside:
         inside |= more
-    for other, body in parts.items():
-        if other in inside:
-            continue
-        for line in body.splitlines():
-            shape = re.match(r"\s*(?:ROOT )?%[\w.\-]+ = \w+\[([\d,]+)\]\S* (copy|transpose|convert)\(", line)
-            if shape:
-                elements = 1
-                for size in shape[1].split(","):
-                    elements *= int(size)
-                assert elements < N * K, line
+    for name, body in parts.items():
+        for line in body.splitlines() if name not in inside else ():
+            shape = re.match(r"\s*(?:ROOT )?%[\w.\-]+ = \(?\w+\[([\d,]+)\]\S* (?:copy|transpose|convert)\w*\(", line)
+            sizes = sorted(int(size) for size in shape[1].split(",")) if shape else []
+            assert not any(sizes == sorted(weight) for weight in weights), line
+    return by_channels
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_one_s8_convolution_with_the_epilogue_in_its_fusion(fmt, chip: str):
+    model = nn.Sequential(tersor.QuantLinear.from_linear(nn.Linear(K, N), fmt), nn.ReLU())
+    hlo = tpu.optimised_hlo(model, torch.randn(M, K), chip)
+    assert not re.search(r"= (f32|bf16)\[[\d,]*\]\S* (convolution|dot)\(", hlo), "no float product"
+    ((text,),) = products(hlo, [(N, K)]).values()
+    assert " maximum(" in text, "relu is in the same fusion"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_the_layers_of_an_encoder_layer(fmt, chip: str):
+    """MiniLM: q, k, v and the output projection, then the feed-forward pair with gelu between."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    try:
+        model = tpu.swapped(tpu.encoder_layer(), fmt)
+    except sys.modules["minilm_model"].MissingData as error:
+        pytest.skip(str(error))
+    layers = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, tersor.QuantLinear)]
+    assert len(layers) == 6
+    hlo = tpu.optimised_hlo(model, torch.randn(8, 128, 384), chip)
+    (text,) = products(hlo, layers)[1536]
+    assert " exponential(" in text, "gelu is in the same fusion"
+
+
+def test_an_instruction_of_a_weights_size_outside_is_found():
+    """Of text, so that the search above is known to see what it looks for."""
+    fusion = (
+        "%f (p: s8[4,8]) -> f32[4,8] {\n  %a = s8[4,8] parameter(0)\n  %b = s8[8,8] parameter(1)\n"
+        "  %c = s32[4,8]{1,0} convolution(%a, %b)\n  %m = f32[4,8] multiply(%c, %c)\n  %n = f32[4,8] multiply(%m, %m)\n"
+        "  ROOT %s = f32[4,8] add(%n, %n)\n}\n"
+    )
+    main = "ENTRY %main (p: s8[8,8]) -> f32[4,8] {{\n{}  ROOT %r = f32[4,8] fusion(%p), kind=kOutput, calls=%f\n}}\n"
+    assert list(products(fusion + main.format(""), [(8, 8)])) == [8]
+    with pytest.raises(AssertionError, match="transpose"):
+        products(fusion + main.format("  %t = s8[8,8]{0,1} transpose(%p), dimensions={1,0}\n"), [(8, 8)])
+    with pytest.raises(AssertionError, match="not an output fusion"):
+        products(fusion + main.format("").replace("kOutput", "kLoop"), [(8, 8)])
+    with pytest.raises(AssertionError):
+        products(fusion.replace("%a = s8", "%a = f32") + main.format(""), [(8, 8)])

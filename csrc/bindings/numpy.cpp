@@ -329,21 +329,31 @@ struct S8Result {
   tersor::S8Output out() { return {q.mutable_data(), scale.mutable_data(), row_sum.mutable_data()}; }
 };
 
-py::tuple linear_glu_quantize(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
-                              const py::object& bias, const std::string& activation, int64_t bits) {
-  constexpr const char* kName = "linear_glu_quantize";
+py::tuple quantized(const char* name, const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
+                    const py::object& bias, const std::string& activation, int64_t bits, bool glu) {
   const auto& table = tersor::table_or_throw();
-  const XRows r = rows_of(kName, x);
-  const tersor::LinearWeights w = gated(kName, weights_of(kName, weight_packed, weight_scale, bias, activation, r.K, bits));
-  S8Result rows(r.M, w.N / 2);
+  const XRows r = rows_of(name, x);
+  tersor::LinearWeights w = weights_of(name, weight_packed, weight_scale, bias, activation, r.K, bits);
+  if (glu) w = gated(name, w);
+  S8Result rows(r.M, glu ? w.N / 2 : w.N);
   const tersor::S8Output out = rows.out();
   const char* error = nullptr;
   {
     py::gil_scoped_release unlocked;
-    error = tersor::linear_glu_quantize(table, r.M, r.rows, w, r.rows.dtype, out);
+    error = tersor::linear_quantize(table, r.M, r.rows, w, r.rows.dtype, out);
   }
-  tersor::check_memory(kName, error);
+  tersor::check_memory(name, error);
   return py::make_tuple(rows.q, rows.scale, rows.row_sum);
+}
+
+py::tuple linear_glu_quantize(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
+                              const py::object& bias, const std::string& activation, int64_t bits) {
+  return quantized("linear_glu_quantize", x, weight_packed, weight_scale, bias, activation, bits, true);
+}
+
+py::tuple linear_dynamic_quantize(const py::array& x, const py::array& weight_packed, const py::array& weight_scale,
+                                  const py::object& bias, const std::string& epilogue, int64_t bits) {
+  return quantized("linear_dynamic_quantize", x, weight_packed, weight_scale, bias, epilogue, bits, false);
 }
 
 // x and residual C-contiguous; (q, scale, row_sum, sum, y).
@@ -455,5 +465,6 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("linear_s8", &linear_s8);
   m.def("linear_glu", &linear_glu);
   m.def("linear_glu_quantize", &linear_glu_quantize);
+  m.def("linear_dynamic_quantize", &linear_dynamic_quantize);
   m.def("norm_quantize", &norm_quantize);
 }

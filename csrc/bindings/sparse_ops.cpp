@@ -33,7 +33,7 @@ Tensor linear_sparse(Tensor x, Tensor weight_packed, Tensor weight_index, Tensor
   s.sum = static_cast<const int32_t*>(exact(kName, "weight_sum", weight_sum, ScalarType::Int, {tiles, tersor::kTileN}, &keep));
   w.sparse = &s;
   r.out_sizes.back() = w.N;
-  Tensor y = empty(r.out_sizes, x.scalar_type());
+  Tensor y = result(r.out_sizes, x.scalar_type());
   tersor::check_memory(kName, tersor::linear_dynamic(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
   return y;
 }
@@ -59,7 +59,7 @@ Tensor linear_sparse_float(Tensor x, Tensor weight_packed, Tensor weight_index, 
   s.offset = static_cast<const int64_t*>(exact(kName, "weight_offset", weight_offset, ScalarType::Long, {w.N + 1}, &keep));
   w.sparse_float = &s;
   r.out_sizes.back() = w.N;
-  Tensor y = empty(r.out_sizes, x.scalar_type());
+  Tensor y = result(r.out_sizes, x.scalar_type());
   tersor::check_memory(kName, tersor::linear_weight_only(table, r.M, r.rows, w, {y.mutable_data_ptr(), r.rows.dtype}));
   return y;
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/fused.h"
-#include "torch_check.h"
+#include "torch_results.h"
 
 namespace {
 
@@ -116,9 +116,10 @@ inline tersor::S8Rows s8_rows(const char* function, const Tensor& q, const Tenso
 
 using Quantized = std::tuple<Tensor, Tensor, Tensor>;  // q, scale, row_sum
 
-inline Quantized empty_s8_rows(const std::vector<int64_t>& sizes) {
+inline Quantized s8_row_results(const std::vector<int64_t>& sizes) {
   const std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1);
-  return {empty(sizes, ScalarType::Char), empty(lead, ScalarType::Float), empty(lead, ScalarType::Int)};
+  // One after the other: the order of a braced list is that of the results.
+  return {result(sizes, ScalarType::Char), result(lead, ScalarType::Float), result(lead, ScalarType::Int)};
 }
 
 inline tersor::LinearWeights glu_weights(const char* function, const Stored& stored, int64_t K, Keep* keep) {

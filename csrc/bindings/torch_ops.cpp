@@ -12,7 +12,7 @@ void run_on_torch_threads(int64_t n, void (*body)(void*, int64_t), void* context
 }
 
 Quantized quantize(const char* name, const XRows& r, const float* absmax, const float* input_scale) {
-  auto [q, scale, row_sum] = empty_s8_rows(r.out_sizes);
+  auto [q, scale, row_sum] = s8_row_results(r.out_sizes);
   tersor::check_memory(
       name, tersor::quantize_rows(tersor::table_or_throw(), r.M, r.K, r.rows, absmax, input_scale,
                                   static_cast<int8_t*>(q.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()),
@@ -45,9 +45,9 @@ Binarized binarize_rows(Tensor x, Tensor threshold) {
   const void* limits = exact(kName, "threshold", threshold, ScalarType::Float, {r.K}, &keep);
   std::vector<int64_t> sizes = r.out_sizes;
   sizes.back() = tersor::ceil_div(r.K, tersor::tile_k(1));
-  Tensor bits = empty(sizes, ScalarType::Int);
+  Tensor bits = result(sizes, ScalarType::Int);
   sizes.pop_back();
-  Tensor scale = empty(sizes, ScalarType::Float);
+  Tensor scale = result(sizes, ScalarType::Float);
   tersor::check_memory(
       kName, tersor::binarize_rows(tersor::table_or_throw(), r.M, r.K, r.rows, static_cast<const float*>(limits),
                                    static_cast<uint8_t*>(bits.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr())));
@@ -66,7 +66,7 @@ Tensor float_linear(const char* name, LinearDriver driver, const Tensor& x, cons
   r.out_sizes.back() = w.N;
   tersor::Output out{nullptr, r.rows.dtype};
   out.residual = residual_of(name, residual, r.out_sizes, x.scalar_type(), &out.residual_stride, &keep);
-  Tensor y = empty(r.out_sizes, x.scalar_type());
+  Tensor y = result(r.out_sizes, x.scalar_type());
   out.y = y.mutable_data_ptr();
   tersor::check_memory(name, driver(table, r.M, r.rows, w, out));
   return y;
@@ -113,7 +113,7 @@ Tensor linear_acc(Tensor q, Tensor row_sum, Tensor weight_packed, int64_t out_fe
   w.bits = tersor::check_bits(kName, bits);
   w.weight_packed = tiles_of(kName, weight_packed, w.N, K, w.bits, &keep);
   sizes.back() = w.N;
-  Tensor acc = empty(sizes, ScalarType::Int);
+  Tensor acc = result(sizes, ScalarType::Int);
   tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, {acc.mutable_data_ptr(), Dtype::s32}));
   return acc;
 }
@@ -132,7 +132,7 @@ Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, T
   sizes.back() = w.N;
   tersor::Output out{nullptr, dtype};
   out.residual = residual_of(kName, residual, sizes, out_dtype, &out.residual_stride, &keep);
-  Tensor y = empty(sizes, out_dtype);
+  Tensor y = result(sizes, out_dtype);
   out.y = y.mutable_data_ptr();
   tersor::check_memory(kName, tersor::linear_s8(table, M, rows, w, out));
   return y;
@@ -143,8 +143,10 @@ Tensor linear_s8(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, T
 STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) {
   tersor::thread_pool = {[]() -> int64_t { return torch::stable::get_num_threads(); }, run_on_torch_threads};
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("quantize_rows.out", &boxed_out<TORCH_BOX(&quantize_rows), 3>);
   m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_dynamic.out", &boxed_out<TORCH_BOX(&linear_dynamic), 1>);
   m.impl("linear_static", TORCH_BOX(&linear_static));
   m.impl("binarize_rows", TORCH_BOX(&binarize_rows));
   m.impl("linear_grouped", TORCH_BOX(&linear_grouped));
@@ -152,4 +154,5 @@ STABLE_TORCH_LIBRARY_IMPL(tersor, CPU, m) {
   m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
   m.impl("linear_acc", TORCH_BOX(&linear_acc));
   m.impl("linear_s8", TORCH_BOX(&linear_s8));
+  m.impl("linear_s8.out", &boxed_out<TORCH_BOX(&linear_s8), 1>);
 }

@@ -36,7 +36,7 @@ tersor::cuda::QuantizeParams quantize_params(const XRows& r) {
 }
 
 Quantized quantize(CudaCall& call, const XRows& r, const float* absmax, const float* input_scale) {
-  auto rows = empty_s8_rows(r.out_sizes);
+  auto rows = s8_row_results(r.out_sizes);
   tersor::cuda::QuantizeParams p = quantize_params(r);
   p.absmax = absmax;
   p.input_scale = input_scale;
@@ -317,7 +317,7 @@ Normed norm_quantize(Tensor x, OptionalTensor residual, OptionalTensor weight, O
   p.bias_dtype = norm.bias_dtype;
   p.eps = norm.eps;
   p.rms = norm.rms;
-  Quantized rows = empty_s8_rows(r.out_sizes);
+  Quantized rows = s8_row_results(r.out_sizes);
   Tensor sum = empty(want_sum ? r.out_sizes : std::vector<int64_t>{0}, type);
   Tensor y = empty(want_y ? r.out_sizes : std::vector<int64_t>{0}, type);
   p.q = data<int8_t>(std::get<0>(rows));

@@ -8,6 +8,18 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+#if defined(__ELF__)
+extern "C" [[gnu::weak, gnu::visibility("default")]] const char* tersor_emulated_features();
 #endif
 
 namespace tersor {
@@ -23,6 +35,8 @@ namespace {
 
 // One list of features: the bit, its name in messages. Where CPUID reports each is in cpu_features().
 #define TERSOR_FEATURES(X)                \
+  X(kSsse3, "SSSE3")                      \
+  X(kSse41, "SSE4.1")                     \
   X(kAvx2, "AVX2")                        \
   X(kFma, "FMA")                          \
   X(kF16c, "F16C")                        \
@@ -33,7 +47,12 @@ namespace {
   X(kAvx512Vnni, "AVX512_VNNI")           \
   X(kAvx512Vpopcntdq, "AVX512_VPOPCNTDQ") \
   X(kAvx512Vbmi, "AVX512_VBMI")           \
-  X(kAvx512Vbmi2, "AVX512_VBMI2")
+  X(kAvx512Vbmi2, "AVX512_VBMI2")         \
+  X(kAvxVnni, "AVX_VNNI")                 \
+  X(kAmxTile, "AMX_TILE")                 \
+  X(kAmxInt8, "AMX_INT8")                 \
+  X(kDotprod, "asimddp")                  \
+  X(kI8mm, "i8mm")
 
 enum FeatureIndex {
 #define TERSOR_FEATURE(id, text) id##Index,
@@ -52,14 +71,27 @@ constexpr const char* kFeatureNames[] = {
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
+// Linux gives the 8 KiB of tile state to processes that ask (Documentation/arch/x86/xstate.rst); their threads have it too.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 uint32_t cpu_features() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+  uint32_t have = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return have;
+  if (c & bit_SSSE3) have |= kSsse3;
+  if (c & bit_SSE4_1) have |= kSse41;
+  if (!(c & bit_OSXSAVE)) return have;
   uint32_t xcr0_low = 0, xcr0_high = 0;
   __asm__("xgetbv" : "=a"(xcr0_low), "=d"(xcr0_high) : "c"(0));
   const bool os_ymm = (xcr0_low & 0x6) == 0x6;    // Intel SDM vol. 1, 13.3: XMM and YMM state enabled by the OS
   const bool os_zmm = (xcr0_low & 0xe6) == 0xe6;  // and opmask, ZMM_Hi256, Hi16_ZMM
-  uint32_t have = 0;
   if (os_ymm) {
     if (c & bit_FMA) have |= kFma;
     if (c & bit_F16C) have |= kF16c;
@@ -76,7 +108,29 @@ uint32_t cpu_features() {
     if (c & bit_AVX512VBMI) have |= kAvx512Vbmi;
     if (c & bit_AVX512VBMI2) have |= kAvx512Vbmi2;
   }
+  const bool os_tiles = (xcr0_low & 0x60000) == 0x60000;  // XTILECFG and XTILEDATA
+  if (os_tiles && (d & 1u << 24) && may_use_tiles()) {
+    have |= kAmxTile;
+    if (d & 1u << 25) have |= kAmxInt8;
+  }
+  if (os_ymm && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4)) have |= kAvxVnni;
   return have;
+}
+#elif defined(__aarch64__) && defined(__linux__)
+uint32_t cpu_features() {
+  uint32_t have = 0;  // the bits as in asm/hwcap.h of Linux; older headers lack some
+  if (getauxval(AT_HWCAP) >> 20 & 1) have |= kDotprod;
+  if (getauxval(AT_HWCAP2) >> 13 & 1) have |= kI8mm;
+  return have;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t bytes = sizeof value;
+  return sysctlbyname(feature, &value, &bytes, nullptr, 0) == 0 && value;
+}
+uint32_t cpu_features() {
+  return (has("hw.optional.arm.FEAT_DotProd") ? kDotprod : 0u) | (has("hw.optional.arm.FEAT_I8MM") ? kI8mm : 0u);
 }
 #else
 uint32_t cpu_features() { return 0; }
@@ -109,10 +163,23 @@ constexpr int kIsaCount = 0
     ;
 static_assert(kIsaCount == TERSOR_ISA_COUNT, "isa.inc and the tersor_isa() lines of CMakeLists.txt differ");
 
+// Features that an emulator loaded before us supplies where the CPU has none; see tests/emulator.
+uint32_t emulated_features() {
+  uint32_t have = 0;
+#if defined(__ELF__)
+  if (!tersor_emulated_features) return 0;
+  const char* names = tersor_emulated_features();
+  for (size_t i = 0; i < sizeof kFeatureNames / sizeof *kFeatureNames; ++i) {
+    if (std::strstr(names, kFeatureNames[i])) have |= 1u << i;
+  }
+#endif
+  return have;
+}
+
 struct Registry {
   Variant rows[kIsaCount];
   Registry() {
-    const uint32_t have = cpu_features();
+    const uint32_t have = cpu_features() | emulated_features();
     int i = 0;
 #define TERSOR_ISA_ROW(name, features)                                     \
   {                                                                        \

@@ -9,15 +9,15 @@ namespace {
 constexpr const char* kOutOfMemory = "out of memory for scratch";
 // Elements of a norm below which a second thread costs more than it brings: about 5 us of work.
 constexpr int64_t kMinThreadElements = int64_t{1} << 15;
-// Rows of a gated layer that are multiplied before they are quantised, for each thread: a block of linear.cpp.
-constexpr int64_t kGluRows = 64;
+// Rows of a layer that are multiplied before they are quantised, for each thread: a block of linear.cpp.
+constexpr int64_t kLayerRows = 64;
 
 // The drivers of linear.cpp, which run meanwhile, have their own.
 thread_local Scratch thread_scratch;
 
 template <typename Linear>
-const char* quantize_product(const KernelTable& kt, int64_t M, int64_t F, Dtype dtype, const S8Output& out, Linear linear) {
-  const int64_t most = kGluRows * thread_pool.threads(), block = M < most ? M : most;
+const char* quantize_result(const KernelTable& kt, int64_t M, int64_t F, Dtype dtype, const S8Output& out, Linear linear) {
+  const int64_t most = kLayerRows * thread_pool.threads(), block = M < most ? M : most;
   void* y = thread_scratch.get(block * F * dtype_bytes(dtype));
   if (!y && block * F > 0) return kOutOfMemory;
   for (int64_t m = 0; m < M; m += block) {
@@ -29,6 +29,8 @@ const char* quantize_product(const KernelTable& kt, int64_t M, int64_t F, Dtype 
   }
   return nullptr;
 }
+
+int64_t result_features(const LinearWeights& w) { return w.glu ? w.N / 2 : w.N; }
 
 }  // namespace
 
@@ -65,17 +67,17 @@ const char* norm_quantize(const KernelTable& kt, int64_t M, const Rows& x, const
   return nullptr;
 }
 
-const char* linear_glu_quantize(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, Dtype dtype,
-                                const S8Output& out) {
-  return quantize_product(kt, M, w.N / 2, dtype, out, [&](int64_t m, int64_t rows, const Output& y) {
+const char* linear_quantize(const KernelTable& kt, int64_t M, const StridedRows& x, const LinearWeights& w, Dtype dtype,
+                            const S8Output& out) {
+  return quantize_result(kt, M, result_features(w), dtype, out, [&](int64_t m, int64_t rows, const Output& y) {
     const void* from = static_cast<const char*>(x.x) + m * x.stride_m * dtype_bytes(x.dtype);
     return linear_dynamic(kt, rows, {from, x.dtype, x.stride_m, x.stride_k}, w, y);
   });
 }
 
-const char* linear_glu_quantize(const KernelTable& kt, int64_t M, const S8Rows& x, const LinearWeights& w, Dtype dtype,
-                                const S8Output& out) {
-  return quantize_product(kt, M, w.N / 2, dtype, out, [&](int64_t m, int64_t rows, const Output& y) {
+const char* linear_quantize(const KernelTable& kt, int64_t M, const S8Rows& x, const LinearWeights& w, Dtype dtype,
+                            const S8Output& out) {
+  return quantize_result(kt, M, result_features(w), dtype, out, [&](int64_t m, int64_t rows, const Output& y) {
     return linear_s8(kt, rows, {x.q + m * x.ldq, x.ldq, x.scale + m, x.row_sum + m}, w, y);
   });
 }

@@ -1,5 +1,5 @@
-// What is done between layers, over the kernel table: a norm whose result is needed as int8 rows, and gated layers with rows on
-// either side. Each returns null, or a message when memory ran out.
+// What is done between layers, over the kernel table: a norm whose result is needed as int8 rows, and layers with rows on either
+// side. Each returns null, or a message when memory ran out.
 #pragma once
 
 #include "linear.h"
@@ -27,8 +27,8 @@ struct S8Output {
 const char* norm_quantize(const KernelTable&, int64_t M, const Rows& x, const Rows& residual, const Norm&, const S8Output&,
                           void* sum, void* y);
 
-// linear_dynamic or linear_s8 of a layer with w.glu, its result rounded to `dtype` and quantised: rows of N/2.
-const char* linear_glu_quantize(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, Dtype, const S8Output&);
-const char* linear_glu_quantize(const KernelTable&, int64_t M, const S8Rows&, const LinearWeights&, Dtype, const S8Output&);
+// linear_dynamic or linear_s8 without a residual, the result rounded to `dtype` and quantised: rows of N, of N/2 with w.glu.
+const char* linear_quantize(const KernelTable&, int64_t M, const StridedRows&, const LinearWeights&, Dtype, const S8Output&);
+const char* linear_quantize(const KernelTable&, int64_t M, const S8Rows&, const LinearWeights&, Dtype, const S8Output&);
 
 }  // namespace tersor

@@ -139,7 +139,7 @@ struct BinarizeArgs {
 // xnor: q holds rows of bits (BinarizeArgs), acc[m][n] = K - 2 * (bits that differ).
 struct GemmArgs {
   int64_t N, K;
-  const int8_t* q;         // s8 rows, each readable up to round_up(K, tile_k(bits)); what stands past K meets code 0
+  const int8_t* q;         // s8 rows, each readable up to round_up(K, tile_k(bits)), and 0 past K
   int64_t ldq;             // bytes
   const float* scale;      // [M]; not read for Dtype::s32
   const int32_t* row_sum;  // [M]; with groups [M][K / group_size], the sums of q over each

@@ -183,7 +183,7 @@ const IntGemm& gemm_of(const KernelTable& kt, const LinearWeights& w) {
   return w.bits == 8 ? kt.gemm_w8 : w.bits == 4 ? kt.gemm_w4 : w.bits == 2 ? kt.gemm_w2 : kt.gemm_w1;
 }
 
-// The last word of a row reaches past K, where it meets code 0; zeroed all the same, so that no uninitialised byte is ever read.
+// The last word of a row reaches past K, where it meets code 0, or -128 on an instruction set that flips the top bit of codes.
 void zero_past_k(int8_t* q, int64_t rows, int64_t ldq, const LinearWeights& w) {
   const int64_t past = round_up(w.K, tile_k(w.bits)) - w.K;
   for (int64_t m = 0; m < rows && past; ++m) std::memset(q + m * ldq + w.K, 0, static_cast<size_t>(past));
@@ -318,7 +318,7 @@ const char* linear_s8(const KernelTable& kt, int64_t M, const S8Rows& x, const L
   const int64_t ldq = copy ? s8_stride(w.K) : x.ldq, groups = groups_of(w);
   const int64_t row_bytes = (copy ? ldq : 0) + gemm.row_scratch(w.K) + 1 + 4 * groups;
   const int64_t mc = block_rows(ceil_div(M, split.row_pieces), row_bytes);
-  const int64_t slice = round_up(mc * row_bytes, 64) + 128 + glu_bytes(w);
+  const int64_t slice = round_up(mc * row_bytes, 64) + 128 + glu_bytes(w) + gemm.panel_scratch(w.K);
   char* scratch = thread_scratch.get(slice * split.pieces() + bias_bytes(w));
   if (!scratch) return kOutOfMemory;
   const float* bias = widen_bias(kt, w, reinterpret_cast<float*>(scratch + slice * split.pieces()));

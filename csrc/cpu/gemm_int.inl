@@ -98,18 +98,19 @@ template <int kSets, int kRows, int kVecs>
 // Adds `words` words to the sums and moves o past them. `turn` runs before each kUnroll words.
 template <typename P, int kSets, int kRows, int kVecs, typename Turn>
 [[gnu::always_inline]] inline void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+  constexpr int kTogether = P::together(kRows);
   int64_t k = 0;
   for (; k + P::kUnroll <= words; k += P::kUnroll) {
     turn();
 #pragma GCC unroll 4
-    for (int u = 0; u < P::kUnroll; ++u) {
-      P::word(sums, u, {o.w + u * kTileBytes, o.tile_stride, o.x + u * P::kXWordBytes, o.ldx});
+    for (int u = 0; u < P::kUnroll; u += kTogether) {
+      P::template word<kTogether>(sums, u, {o.w + u * kTileBytes, o.tile_stride, o.x + u * P::kXWordBytes, o.ldx});
     }
     o.w += P::kUnroll * kTileBytes;
     o.x += P::kUnroll * P::kXWordBytes;
   }
   for (; k < words; ++k) {
-    P::word(sums, 0, o);
+    P::template word<1>(sums, 0, o);
     o.w += kTileBytes;
     o.x += P::kXWordBytes;
   }
@@ -165,6 +166,7 @@ void micro_kernel(const BlockArgs& b) {
 
 // 4-bit codes whose scale changes along K: the exact sum of each group becomes float and is added times its scale.
 struct Grouped : Codes<4> {
+  static constexpr bool kGrouped = true;
   static constexpr int kMaxRows = Isa::kGroupedMaxRows;
   static constexpr int max_tiles(int rows) { return Isa::grouped_tiles(rows); }
 };
@@ -274,11 +276,18 @@ void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ld
   if (g.stream_y) Isa::stream_fence();
 }
 
+// In gemm_matrix.inl; false: these rows are for the vector kernels.
+template <typename I, typename P, int kBits>
+bool gemm_matrix(const GemmArgs& g, const GemmRange& r);
+
 template <int kBits, typename P = Codes<kBits>>
 void gemm_codes(const GemmArgs& g, const GemmRange& r) {
   using D = typename P::D;
   const int64_t rows = r.m1 - r.m0;
   if (rows <= 0) return;
+  if constexpr (Isa::kMatrixUnit && !P::kGrouped) {
+    if (gemm_matrix<Isa, P, kBits>(g, r)) return;
+  }
   const int64_t words = ceil_div(g.K, tile_k(kBits));
   int64_t ldx = g.ldq;
   const char* x = reinterpret_cast<const char*>(g.q + r.m0 * g.ldq);

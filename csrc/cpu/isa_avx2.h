@@ -23,8 +23,9 @@ struct ChooseType<false, A, B> {
 template <bool kFirst, typename A, typename B>
 using Choose = typename ChooseType<kFirst, A, B>::type;
 
-struct Isa {
+struct Avx2 {
   static constexpr bool kAllKernels = true;
+  static constexpr bool kMatrixUnit = false;
   static constexpr int kLanes = 8;
   using Vi = __m256i;
   using Vf = __m256;
@@ -121,6 +122,7 @@ struct Isa {
     };
     static constexpr int kXBytesPerK = 2;
     static constexpr int kPartialSteps = 0;
+    static constexpr bool kSigned = false, kPairs = false;
     static void split_x(const int8_t* q, int64_t words, char* out) {
       for (int64_t s = 0; s < words; ++s) {
         const int16_t halves[4] = {q[4 * s], q[4 * s + 2], q[4 * s + 1], q[4 * s + 3]};
@@ -154,6 +156,7 @@ struct Isa {
     using X = __m256i;
     static constexpr int kXBytesPerK = 1;
     static constexpr int kPartialSteps = kBits == 4 ? 8 : kBits == 2 ? 32 : 64;
+    static constexpr bool kSigned = false, kPairs = false;
     static_assert(kPartialSteps * 256 * ((1 << kBits) - 1) <= 32767);
     static W codes(const uint8_t* p, int j) {
       return _mm256_and_si256(_mm256_srli_epi32(load_i(p), kBits * j), _mm256_set1_epi8((1 << kBits) - 1));
@@ -252,6 +255,10 @@ struct Isa {
   static constexpr int kFloatMaxRows = 6;
   static constexpr int kFloatTiles = 1;
 };
+
+#ifndef TERSOR_ISA_EXTENDED  // by a header that builds on this one
+using Isa = Avx2;
+#endif
 
 }  // namespace
 }  // namespace tersor::TERSOR_ISA

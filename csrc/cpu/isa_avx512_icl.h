@@ -2,13 +2,16 @@
 // one instruction. Signs x signs and sparse weights gain by it.
 #pragma once
 
+#ifndef TERSOR_ISA_EXTENDED
 #define TERSOR_ISA_EXTENDED
+#define TERSOR_ISA_IS_ICL
+#endif
 #include "isa_avx512_vnni.h"
 
 namespace tersor::TERSOR_ISA {
 namespace {
 
-struct Isa : Avx512Vnni {
+struct Avx512Icl : Avx512Vnni {
   static constexpr bool kAllKernels = false;
   struct Popcount {
     static constexpr int kPartialSteps = 0;
@@ -22,6 +25,10 @@ struct Isa : Avx512Vnni {
     _mm512_storeu_si512(tile, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values)));
   }
 };
+
+#ifdef TERSOR_ISA_IS_ICL
+using Isa = Avx512Icl;
+#endif
 
 }  // namespace
 }  // namespace tersor::TERSOR_ISA

@@ -13,6 +13,7 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr bool kAllKernels = true;
+  static constexpr bool kMatrixUnit = false;
   static constexpr int kLanes = 16;
   using Vi = __m512i;
   using Vf = __m512;
@@ -88,6 +89,7 @@ struct Avx512Vnni {
     using X = __m512i;
     static constexpr int kXBytesPerK = 1;
     static constexpr int kPartialSteps = 0;
+    static constexpr bool kSigned = false, kPairs = false;
     static constexpr uint8_t kMask = (1 << kBits) - 1;
     static W codes(const uint8_t* p, int j) {
       const W w = _mm512_loadu_si512(p);

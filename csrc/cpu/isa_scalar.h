@@ -8,9 +8,10 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-struct Isa {
+struct Scalar {
   // Whether the variant fills every entry of the table, or only those that gain by what it has beyond the next one.
   static constexpr bool kAllKernels = true;
+  static constexpr bool kMatrixUnit = false;  // multiplies tiles of registers, see isa_amx_int8.h
   static constexpr int kLanes = 4;
   struct Vi {
     int32_t v[kLanes];
@@ -183,6 +184,8 @@ struct Isa {
   //   codes(p, j)   step j of the words at p: (word >> bits * j) & mask, byte by byte
   //   masked(words, j)  the same of words in a register, without the shift (only where kInPlaceRows > 0)
   //   kPartialSteps sums hold so many dot4 before widen() must turn them into 32-bit ones; 0: they are
+  //   kSigned       codes() gives w rather than w + 128, and sums are those of w
+  //   kPairs        two rows are multiplied at a time, see isa_neon_i8mm.h
   template <int kBits>
   struct Dot {
     using W = Vi;
@@ -191,6 +194,7 @@ struct Isa {
     };
     static constexpr int kXBytesPerK = 1;  // bytes a row element takes in the form load_x reads; 1: the s8 row itself
     static constexpr int kPartialSteps = 0;
+    static constexpr bool kSigned = false, kPairs = false;
     static W codes(const uint8_t* p, int j) {
       constexpr uint32_t kMask = 0x01010101u * ((1u << kBits) - 1);
       const Vi words = load_i(p);
@@ -293,9 +297,6 @@ struct Isa {
   static constexpr int kFloatMaxRows = 2;
   static constexpr int kFloatTiles = 1;
 
- private:
-  static int32_t s8(char c) { return static_cast<int8_t>(c); }
-
   // Without an instruction for it: the product is exact in double, the sum is rounded to odd there, so that rounding it to float is
   // the only rounding (Boldo and Melquiond, IEEE Trans. Computers 57(4), 2008).
   static float round_once(float a, float b, float c) {
@@ -346,7 +347,14 @@ struct Isa {
     const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
     return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
   }
+
+ private:
+  static int32_t s8(char c) { return static_cast<int8_t>(c); }
 };
+
+#ifndef TERSOR_ISA_EXTENDED  // by a header that takes from this one what its instruction set lacks
+using Isa = Scalar;
+#endif
 
 }  // namespace
 }  // namespace tersor::TERSOR_ISA

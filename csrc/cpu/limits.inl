@@ -26,24 +26,30 @@ void consume(const Vi (&sums)[kCount]) {
   Isa::opaque(all);
 }
 
+template <typename I>
 int64_t limit_int8(int64_t iterations) {
-  using D = Isa::Dot<8>;
+  if constexpr (I::kMatrixUnit) return I::Matrix::limit(iterations);
+  using D = typename I::template Dot<8>;
   alignas(64) uint8_t codes[sizeof(Vi)] = {};
   char row[Codes<8>::kXWordBytes] = {};
   Vi sums[kLimitSums];
   start(sums);
-  D::W w = D::codes(codes, 0);
-  D::X x = D::load_x(row);
+  typename D::W w = D::codes(codes, 0);
+  typename D::X x = D::load_x(row);
   Isa::opaque(w);  // or it would be known to be zero
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
     for (int s = 0; s < kLimitSums; ++s) {
       Isa::opaque(x);  // each sum has a product of its own, which cannot leave the loop
-      sums[s] = D::dot4(sums[s], w, x);
+      if constexpr (D::kPairs) {
+        sums[s] = D::matmul(sums[s], w, x);
+      } else {
+        sums[s] = D::dot4(sums[s], w, x);
+      }
     }
   }
   consume(sums);
-  return iterations * kLimitSums * Isa::kLanes * kTileK8;
+  return iterations * kLimitSums * Isa::kLanes * kTileK8 * (D::kPairs ? 2 : 1);
 }
 
 int64_t limit_f32(int64_t iterations) {
@@ -107,7 +113,7 @@ int64_t limit_read(int64_t iterations, const void* data, int64_t bytes) {
 int64_t run_limit(Limit what, int64_t iterations, const void* data, int64_t bytes) {
   switch (what) {
     case Limit::int8:
-      return limit_int8(iterations);
+      return limit_int8<Isa>(iterations);
     case Limit::f32:
       return limit_f32(iterations);
     case Limit::popcount:

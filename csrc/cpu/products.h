@@ -5,7 +5,8 @@
 //   kUnroll           words in one turn of the loop
 //   sets(rows)        sets of sums: they hide latency, or hold what still has to be shifted (see Codes)
 //   kFlushWords       words after which narrow sums go into 32-bit ones; 0: they are 32-bit at once
-//   word(sums, ...)   adds one word of each tile times each row
+//   together(rows)    words that word() takes at a time while there are so many
+//   word<n>(sums, ..) adds n words of each tile times each row
 //   join(sums)        the sets as one sum, in sums[0]
 //   value(g, m, sum)  the integer sum of w * q
 #pragma once
@@ -37,6 +38,7 @@ struct Operands {
 template <int kBits>
 struct Codes {
   using D = Isa::Dot<kBits>;
+  static constexpr bool kGrouped = false;
   static constexpr int kSteps = 8 / kBits;  // of four k
   static constexpr int64_t kXStepBytes = 4 * D::kXBytesPerK;
   static constexpr int64_t kXWordBytes = kSteps * kXStepBytes;
@@ -47,8 +49,45 @@ struct Codes {
   static constexpr int sets(int rows) { return in_place(rows) ? kSteps : Isa::acc_sets(rows); }
   static constexpr int max_tiles(int rows) { return in_place(rows) && kBits == 1 ? 2 : Isa::max_tiles(rows); }
 
-  template <int kSets, int kRows, int kVecs>
+  // Rows in twos and k steps in twos, see Isa::Dot::kPairs. Codes of 8 bits take the second step from the next word.
+  static constexpr bool pairs(int rows) { return D::kPairs && rows > 1; }
+  static constexpr int together(int rows) { return pairs(rows) && kBits == 8 ? 2 : 1; }
+
+  template <int kWords, int kSets, int kRows, int kVecs>
+  [[gnu::always_inline]] static void pair_words(Vi (&sums)[kSets][kRows][kVecs], const Operands& o) {
+    constexpr bool kWhole = kWords * kSteps > 1;
+#pragma GCC unroll 4
+    for (int j = 0; j < kWords * kSteps; j += 2) {
+      const char* at = o.x + j * kXStepBytes;
+      typename D::X x[kRows];  // of two rows in each second; of one where a row is left over
+#pragma GCC unroll 8
+      for (int m = 0; m + 1 < kRows; m += 2) {
+        x[m] = D::template load_pair<kWhole>(at + m * o.ldx, at + (m + 1) * o.ldx);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* w = o.vec(v);
+        const typename D::W first = D::codes(w, kBits == 8 ? 0 : j);
+        const typename D::W second = !kWhole ? D::no_codes() : kBits == 8 ? D::codes(w + kTileBytes, 0) : D::codes(w, j + 1);
+        const typename D::W low = D::zip_low(first, second), high = D::zip_high(first, second);
+#pragma GCC unroll 8
+        for (int m = 0; m + 1 < kRows; m += 2) {
+          sums[0][m][v] = D::matmul(sums[0][m][v], low, x[m]);
+          sums[0][m + 1][v] = D::matmul(sums[0][m + 1][v], high, x[m]);
+        }
+        if constexpr (kRows % 2) {
+          Vi& sum = sums[0][kRows - 1][v];
+          const char* row = at + (kRows - 1) * o.ldx;
+          sum = D::dot4(sum, first, D::load_x(row));
+          if constexpr (kWhole) sum = D::dot4(sum, second, D::load_x(row + kXStepBytes));
+        }
+      }
+    }
+  }
+
+  template <int kWords, int kSets, int kRows, int kVecs>
   [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+    if constexpr (pairs(kRows)) return pair_words<kWords>(sums, o);
     Vi words[kVecs];
     if constexpr (in_place(kRows)) {
 #pragma GCC unroll 16
@@ -93,10 +132,18 @@ struct Codes {
         }
       }
     }
+    if constexpr (pairs(kRows)) {
+#pragma GCC unroll 8
+      for (int m = 0; m + 1 < kRows; m += 2) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) D::unzip(sums[0][m][v], sums[0][m + 1][v]);
+      }
+    }
   }
 
   // Modulo 2^32: sum of codes and sum of x may each wrap, the value does not.
   static Vi value(Vi sum, int32_t row_sum) {
+    if constexpr (D::kSigned) return sum;
     return Isa::sub_i(Isa::shl<code_shift(kBits)>(sum), Isa::shl<offset_shift(kBits)>(Isa::set1_i(row_sum)));
   }
   static int32_t repair(const GemmArgs& g, int64_t m) { return g.row_sum[m]; }
@@ -111,8 +158,9 @@ struct Xnor {
   static constexpr int kMaxRows = Isa::kXnorMaxRows;
   static constexpr int sets(int rows) { return Isa::acc_sets(rows); }
   static constexpr int max_tiles(int rows) { return Isa::max_tiles(rows); }
+  static constexpr int together(int) { return 1; }
 
-  template <int kSets, int kRows, int kVecs>
+  template <int kWords, int kSets, int kRows, int kVecs>
   [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
     Vi w[kVecs];
 #pragma GCC unroll 16

@@ -8,6 +8,7 @@
 #include "quantize_x.inl"
 #include "binarize_x.inl"
 #include "gemm_int.inl"
+#include "gemm_matrix.inl"
 #include "gemm_sparse.inl"
 #include "gemm_float.inl"
 #include "gemm_sparse_float.inl"
@@ -23,6 +24,13 @@ template <typename Run>
 constexpr Run maybe(Run run) {
   return Isa::kAllKernels ? run : nullptr;
 }
+template <typename Run>
+constexpr Run maybe_matrix(Run run) {
+  return Isa::kMatrixUnit ? run : maybe(run);
+}
+
+// Scratch for a panel of codes of few bits, expanded, for each k.
+constexpr int64_t kExpandedBytes = Isa::kMatrixUnit ? 2 * kTileN : 0;
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -31,10 +39,10 @@ const KernelTable table = {
     {maybe(quantize_x)},
     {maybe(widen_x)},
     {maybe(binarize_x)},
-    {maybe(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
-    {maybe(gemm_w4), 0},
-    {maybe(gemm_w2), 0},
-    {maybe(gemm_w1), 0},
+    {maybe_matrix(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
+    {maybe_matrix(gemm_w4), 0, 0, kExpandedBytes},
+    {maybe_matrix(gemm_w2), 0, 0, kExpandedBytes},
+    {maybe_matrix(gemm_w1), 0, 0, kExpandedBytes},
     {maybe(gemm_w4_grouped), 0},
     {gemm_xnor, 0},
     {spmm_s8, Isa::SignedDot::kXBytesPerK, kSparseRowPad, kTileN},

@@ -30,32 +30,50 @@ _PUBLIC = {
     "SparseInt8": "formats",
     "Ternary": "formats",
     "Unstructured": "pruning_patterns",
+    "advise": "advice",
+    "calibrate": "static_scales",
+    "correct_bias_": "rounding",
     "dequantize_": "swap",
+    "distill": "distillation",
     "finalize_": "pruning",
     "from_bitnet_": "bitnet",
     "fuse": "fusion",
+    "gptq_": "rounding",
     "info": "information",
     "load_": "checkpoint",
     "prune_": "pruning",
     "quantize_": "swap",
     "quantize_dynamic": "swap",
     "quantize_weights": "swap",
+    "report": "reporting",
     "save": "checkpoint",
+    "search": "format_search",
+    "sensitivity": "format_search",
+    "shrink": "shrinking",
+    "smooth_": "smoothing",
 }
-_SUBMODULES = ("formats", "fusion", "nn", "numpy", "ops", "parallel", "train")
+_SUBMODULES = ("formats", "fusion", "nn", "numpy", "observers", "ops", "parallel", "train")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import formats, fusion, nn, numpy, ops, parallel, train
+    from . import formats, fusion, nn, numpy, observers, ops, parallel, train
+    from .advice import advise
     from .bitnet import from_bitnet_
     from .checkpoint import load_, save
+    from .distillation import distill
+    from .format_search import search, sensitivity
     from .formats import Binary, BinaryXnor, Int4, Int8Dynamic, Int8Static, Int8WeightOnly, SparseFloat, SparseInt8, Ternary
     from .fusion import fuse
     from .information import info
     from .nn import QuantLinear
     from .pruning import Pruner, finalize_, prune_
     from .pruning_patterns import NM, Block, CubicSchedule, Unstructured
+    from .reporting import report
+    from .rounding import correct_bias_, gptq_
+    from .shrinking import shrink
+    from .smoothing import smooth_
+    from .static_scales import calibrate
     from .swap import dequantize_, quantize_, quantize_dynamic, quantize_weights
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger("tersor")
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of one call
 
@@ -33,16 +36,22 @@ def batches(inputs: Any, argument: str) -> list[Batch]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module gets its mode back."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode; every module gets its own back."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module gets its mode back."""
+    with in_mode(model, False), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager
@@ -118,3 +127,19 @@ class Trace:
         seen: list[Tensor] = []
         self.run([layer], lambda _, x: seen.append(x.reshape(-1, x.shape[-1]).float()))
         return torch.cat(seen)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a model's output is compared by: the tensor itself, or the first one in a tuple, a dict or an output class of
+    transformers (the logits, or the last hidden state). Raises TypeError where there is none."""
+    found = _first_tensor(output)
+    if found is None:
+        raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")
+    return found
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)

@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         "version": __version__,
         "aliases": json.dumps(aliases, sort_keys=True),
     }
-    _write(tensors, metadata, target, folder, overwrite)
+    write_tensors(tensors, metadata, target, folder, overwrite)
 
 
 def load_(
@@ -86,6 +86,10 @@ def load_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_: model is {type(model).__name__}, expected an nn.Module")
     inner = _unwrapped(model)
+    if any(p.device.type == "jax" for p in inner.parameters()):
+        raise ValueError(
+            'load_: the model is on a JAX device; load it on the CPU, outside torchax\'s environment, then call .to("jax")'
+        )
     # No inference tensor may enter the model, and no default device may apply to what is read.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         LoadPlan(inner, _open(path_or_state_dict, mmap), strict).apply()
@@ -183,7 +187,7 @@ def _exists(target: str) -> FileExistsError:
     return FileExistsError(f"save: {target} exists; pass overwrite=True to replace it, or choose another name")
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
+def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], target: str, folder: str, overwrite: bool) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

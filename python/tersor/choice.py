@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bench.timing import interleaved
+from .bench.timing import Timing, interleaved
+from .calibration import Batch, watched
 from .formats import Format
 from .nn import QuantLinear
 
@@ -63,11 +64,17 @@ class Choice:
         return self._known[key]
 
 
-@torch.inference_mode()
 def _measure(linear: nn.Linear, packed: QuantLinear, m: int) -> tuple[float, float]:
-    x = torch.randn(m, linear.in_features, device=linear.weight.device).to(linear.weight.dtype)
-    timings = interleaved({"float": lambda: linear(x), "packed": lambda: packed(x)}, ROUNDS, SECONDS)
-    return timings["float"].best, timings["packed"].best
+    before, after = race(linear, packed, m)
+    return before.best, after.best
+
+
+@torch.inference_mode()
+def race(layer: nn.Linear | QuantLinear, other: nn.Linear | QuantLinear, m: int) -> tuple[Timing, Timing]:
+    """Times of two layers of one shape on the same m rows, interleaved."""
+    x = torch.randn(m, layer.in_features, device=layer.weight.device).to(layer.weight.dtype)
+    timings = interleaved({"layer": lambda: layer(x), "other": lambda: other(x)}, ROUNDS, SECONDS)
+    return timings["layer"], timings["other"]
 
 
 def row_counts(model: nn.Module, layers: Sequence[nn.Linear], only_if_faster: Any) -> dict[int, Rows]:
@@ -89,22 +96,22 @@ def row_counts(model: nn.Module, layers: Sequence[nn.Linear], only_if_faster: An
             f"quantize_: only_if_faster is {type(only_if_faster).__name__}, expected numbers of rows (1, or (1, 64)), or example "
             "inputs of the model: a tensor, a tuple of arguments or a dict of them"
         )
-    return _counts_of_a_run(model, layers, only_if_faster)
+    batch: Batch = ((), only_if_faster) if isinstance(only_if_faster, dict) else (only_if_faster, {})
+    with torch.no_grad():
+        return rows_of_calls(model, layers, [batch])
 
 
-def _counts_of_a_run(model: nn.Module, layers: Sequence[nn.Linear], inputs: tuple[Any, ...] | dict[str, Any]) -> dict[int, Rows]:
+def rows_of_calls(model: nn.Module, layers: Iterable[nn.Module], inputs: Iterable[Batch]) -> dict[int, Rows]:
+    """How often one pass over `inputs` calls each layer with how many rows, by the layer's id."""
+    layers = list({id(layer): layer for layer in layers}.values())
     counts: dict[int, dict[int, int]] = {id(layer): {} for layer in layers}
 
-    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        m = math.prod((args[0] if args else kwargs["input"]).shape[:-1])
+    def count(layer: nn.Module, x: Tensor) -> None:
+        m = math.prod(x.shape[:-1])
         if m:
             counts[id(layer)][m] = counts[id(layer)].get(m, 0) + 1
 
-    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in {id(layer): layer for layer in layers}.values()]
-    try:
-        with torch.no_grad():
-            model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(layers, count):
+        for args, kwargs in inputs:
+            model(*args, **kwargs)
     return dict(counts)

@@ -8,7 +8,9 @@ import json
 import click
 
 from . import __version__
+from .advice.cli import advise
 from .bench.cli import bench
+from .reporting.cli import report
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +35,9 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(dataclasses.asdict(facts), indent=2) if as_json else str(facts))
 
 
+main.add_command(advise)
 main.add_command(bench)
+main.add_command(report)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,30 @@ def info() -> Info:
         variants=tuple(tuple(row) for row in cpu["variants"]) if cpu else (),
         kernels=kernels,
         ops=served,
-        devices={
-            "cpu": "native kernels" if ops.NATIVE else "the references, as plain torch",
-            "cuda": f"native kernels of {', '.join(ops.CUDA_KERNELS)}, and of 2:4 weights; the others as plain torch"
-            if ops.NATIVE_CUDA
-            else "the references, as plain torch (this installation has no CUDA kernels: build with TERSOR_CUDA=ON)",
-            "jax": "the references, as XLA graphs with s8 x s8 -> s32 dots (tersor.backends.xla)",
-            "others": "the references, as plain torch",
-        },
+        devices=_devices(),
     )
+
+
+# Devices that torch has a dispatch key of their own for, by its name in torch.library.
+_DEVICES = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU", "hpu": "HPU", "xla": "XLA", "privateuse": "PrivateUse1"}
+
+
+def _devices() -> dict[str, str]:
+    """Device type -> what the dispatch table has for the ops there."""
+    import torch
+
+    from . import ops
+
+    name = ops.linear_dynamic.raw.name()
+    found = {}
+    for device, key in _DEVICES.items():
+        kernels = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        found[device] = "native kernels" if kernels else "the references, as plain torch"
+    if ops.NATIVE_CUDA:
+        found["cuda"] = f"native kernels of {', '.join(ops.CUDA_KERNELS)}, and of 2:4 weights; the others as plain torch"
+    else:
+        found["cuda"] += " (this installation has no CUDA kernels: build with TERSOR_CUDA=ON)"
+    found["jax"] = "the references, as XLA graphs with s8 x s8 -> s32 dots (tersor.backends.xla)"
+    found["meta"] = "shapes only"
+    found["others"] = "the references, as plain torch"
+    return found

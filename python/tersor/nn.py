@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import native
 from .formats import Format, Int8Dynamic, Tag, TensorSpec, decode_tag, encode_tag
-from .plain import from_plain_, is_plain_device, to_device_form_, to_plain_
+from .plain import from_plain_, is_plain_device, ready, to_device_form_, to_plain_
 from .weights import row_blocks
 
 _NO_WEIGHT = (
@@ -78,6 +77,7 @@ class QuantLinear(nn.Module):
         )
         n, k = weight.shape
         device = weight.device
+        ready(device)
         stored: dict[str, Tensor] = {}
         constants = format.constants() if format is not None else {}
         # A swap under inference_mode must not leave inference tensors in the model.
@@ -85,7 +85,7 @@ class QuantLinear(nn.Module):
             for spec in layer.specs():
                 stored[spec.name] = in_huge_pages(torch.empty(spec.shape, dtype=spec.dtype, device=device))
                 if spec.name in constants:
-                    stored[spec.name].copy_(constants[spec.name])
+                    stored[spec.name].copy_(constants[spec.name].expand(spec.shape))  # torchax would take the shape too
             if has_values(weight):
                 if scales is None and layer.format.scales_need_all_rows:
                     scales = layer.format.scales(weight)
@@ -107,6 +107,8 @@ class QuantLinear(nn.Module):
                     layer._parameters[name] = nn.Parameter(value, requires_grad=False)
                 else:
                     layer._buffers[name] = value
+            if is_plain_device(device) and has_values(weight):
+                to_plain_(layer)
         layer.bias = linear.bias
         layer.train(linear.training)
         return layer
@@ -123,9 +125,9 @@ class QuantLinear(nn.Module):
         linear = nn.Linear(k, n, bias=False, device=torch.device("meta"), dtype=self._compute_dtype)
         with torch.inference_mode(False), torch.no_grad():
             weight = torch.empty((n, k), dtype=self._compute_dtype, device=device)
-            if not weight.is_meta and not self.format.by_rows:
+            if has_values(weight) and not self.format.by_rows:
                 weight.copy_(self.format.dequantize({spec.name: getattr(self, spec.name) for spec in self.specs()}, n, k))
-            elif not weight.is_meta:
+            elif has_values(weight):
                 for begin, end in row_blocks(n, k):
                     parts = {spec.name: spec.part(getattr(self, spec.name), begin, end) for spec in self.specs()}
                     weight[begin:end] = self.format.dequantize(parts, end - begin, k)
@@ -193,8 +195,7 @@ class QuantLinear(nn.Module):
                 f"QuantLinear: a cast of every tensor to {probe.dtype} (Module.type) would destroy the packed weight; "
                 "use .to(dtype), .half(), .bfloat16() or .float(), which cast the bias and leave packed data alone"
             )
-        if probe.device.type == "jax":
-            importlib.import_module("tersor.backends.xla").register()  # torchax is there, or this device would not be
+        ready(probe.device)
         plain = is_plain_device(probe.device)
         if plain:
             to_plain_(self)  # where the tiles are: torch there can unpack them
@@ -282,21 +283,21 @@ def _through_bits(fn: Callable[[Tensor], Tensor], scale: Tensor, moved: Tensor) 
     return fn(scale.view(torch.int32)).view(scale.dtype)
 
 
-_HUGE_BYTES = 4 << 20  # smaller tensors fit what a TLB maps
+HUGE_BYTES = 4 << 20  # smaller tensors fit what a TLB maps
 
 
 def in_huge_pages(t: Tensor) -> Tensor:
     """t, its memory moved to huge pages where it is large, on the CPU, and the system has them: for 4096 x 4096 about 1.15 times
     the speed at M = 1, 1.03 times at M = 256 (bench/huge_pages.py)."""
     module = native.numpy_module()
-    if module is not None and t.device.type == "cpu" and t.numel() * t.element_size() >= _HUGE_BYTES and has_values(t):
+    if module is not None and t.device.type == "cpu" and t.numel() * t.element_size() >= HUGE_BYTES and has_values(t):
         module.use_huge_pages(t.detach().numpy())
     return t
 
 
 def has_values(t: Tensor) -> bool:
     """False for meta tensors and those of a FakeTensorMode: nothing can be read from them, only shapes follow."""
-    return not t.is_meta and not isinstance(t, FakeTensor)
+    return t.device.type != "meta" and not isinstance(t, FakeTensor)  # torchax's tensors say is_meta
 
 
 def check_in_features(x: Tensor, in_features: int) -> Tensor:

@@ -181,6 +181,15 @@ def linear_glu_quantize(
     )
 
 
+def linear_dynamic_quantize(
+    x: Array, weight_packed: Array, weight_scale: Array, bias: Array | None = None, epilogue: str = "none", bits: int = 8
+) -> tuple[Array, Array, Array]:
+    """linear_dynamic as int8 rows (q [M, N], scale [M], row_sum [M]); as ops.linear_dynamic_quantize."""
+    return _float_linear(
+        "linear_dynamic_quantize", bits, x, weight_packed, weight_scale, (), bias, epilogue, bits, residual=_NO_RESIDUAL
+    )
+
+
 def norm_quantize(
     x: Array,
     residual: Array | None = None,

@@ -7,9 +7,13 @@ files always hold tiles.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.utils._mode_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -24,12 +28,20 @@ def is_plain_device(device: torch.device) -> bool:
     return device.type not in TILE_DEVICES
 
 
+def ready(device: torch.device) -> None:
+    """The ops are to run on `device`: registers what they need there. On "jax" torchax is imported: it makes that device."""
+    if device.type == "jax":
+        importlib.import_module("tersor.backends.xla").register()
+
+
 def to_plain_(layer: QuantLinear) -> None:
     """Turns the stored tensors of a layer into their plain form, in place and on their device."""
     if not layer.plain:
         to_device_form_(layer, torch.device("cpu"))
-        n, k = layer.out_features, layer.in_features
-        _exchange(layer, layer.format.to_plain(stored_tensors(layer), n, k), True)
+        n, k, stored = layer.out_features, layer.in_features, stored_tensors(layer)
+        with _without_modes(stored):
+            values = layer.format.to_plain(stored, n, k)
+        _exchange(layer, values, True)
 
 
 def from_plain_(layer: QuantLinear) -> None:
@@ -66,7 +78,19 @@ def other_than_stored(layer: QuantLinear) -> dict[str, Tensor] | None:
     if _described(stored):
         device = next(iter(stored.values())).device
         return {s.name: torch.empty(s.shape, dtype=s.dtype, device=device) for s in layer.format.tensors(n, k)}
-    return layer.format.from_plain(stored, n, k)
+    with _without_modes(stored):
+        return layer.format.from_plain(stored, n, k)
+
+
+@contextlib.contextmanager
+def _without_modes(stored: dict[str, Tensor]) -> Iterator[None]:
+    """Within, torch is itself where all tensors are the CPU's: a backend's mode, such as torchax's environment, may give tensors of
+    its own for what is made from them."""
+    if all(type(t) is Tensor and t.device.type == "cpu" for t in stored.values()):
+        with torch.utils._mode_utils.no_dispatch(), torch._C.DisableTorchFunction():
+            yield
+    else:
+        yield
 
 
 def stored_tensors(layer: QuantLinear) -> dict[str, Tensor]:

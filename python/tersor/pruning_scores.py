@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,28 +93,46 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor
     Source: Frantar & Alistarh, arXiv:2301.00774, algorithm 1.
     """
     w = at_least_float32(weight).clone()
-    n, k = w.shape
-    inverse = _inverse_factor(hessian).to(w.dtype)
+    inverse = inverse_factor(hessian).to(w.dtype)
     diagonal = inverse.diagonal()
-    mask = torch.ones(n, k, dtype=torch.bool, device=w.device)
+    mask = torch.ones(w.shape, dtype=torch.bool, device=w.device)
     decided = pattern.columns(COLUMNS)
     step = max(1, COLUMNS // decided) * decided
     seen = 0  # units of the grid to the left
+
+    def kept(i: int, end: int) -> Tensor:
+        nonlocal seen
+        if (i % step) % decided == 0:
+            part = slice(i, min(end, i + decided))
+            scores = w[:, part].abs() / diagonal[part]
+            mask[:, part], seen = _decide(scores, pattern, seen)
+        return torch.where(mask[:, i], w[:, i], 0.0)
+
+    replace_columns_(w, inverse, step, kept)
+    return mask, w
+
+
+def replace_columns_(w: Tensor, inverse: Tensor, step: int, replacement: Callable[[int, int], Tensor]) -> None:
+    """Replaces the columns of w [N, K] from left to right, and lets those to the right of each make up for its error.
+
+    inverse      what inverse_factor gave
+    step         columns after which the rest is updated
+    replacement  (i, end) -> what column i becomes, [N]; end: where its step ends, up to which w is up to date
+
+    Source: Frantar et al., arXiv:2210.17323 (GPTQ), algorithm 1.
+    """
+    n, k = w.shape
+    diagonal = inverse.diagonal()
     for begin in range(0, k, step):
         end = min(k, begin + step)
         errors = torch.zeros(n, end - begin, dtype=w.dtype, device=w.device)
         for i in range(begin, end):
-            if (i - begin) % decided == 0:
-                part = slice(i, min(end, i + decided))
-                scores = w[:, part].abs() / diagonal[part]
-                mask[:, part], seen = _decide(scores, pattern, seen)
-            left = torch.where(mask[:, i], w[:, i], 0.0)
-            error = (w[:, i] - left) / diagonal[i]
+            new = replacement(i, end)
+            error = (w[:, i] - new) / diagonal[i]
             w[:, i:end] -= torch.outer(error, inverse[i, i:end])
-            w[:, i] = left
+            w[:, i] = new
             errors[:, i - begin] = error
         w[:, end:] -= errors @ inverse[begin:end, end:]
-    return mask, w
 
 
 def _decide(scores: Tensor, pattern: Pattern, seen: int) -> tuple[Tensor, int]:
@@ -128,7 +146,7 @@ def _decide(scores: Tensor, pattern: Pattern, seen: int) -> tuple[Tensor, int]:
     return ~pattern.expand(dropped, *scores.shape), seen + grid.numel()
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor) -> Tensor:
     """float64 [K, K], upper: U with U^T U = (H + damping)^-1. In float64 the damped matrix is positive definite in any case."""
     h = hessian.double()
     damping = DAMPING * h.diagonal().mean()

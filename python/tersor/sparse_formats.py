@@ -13,7 +13,7 @@ from . import ops
 from .format_base import Format, Stored, TensorSpec
 from .ops import sparse_storage
 from .ops.linear_sparse_float import MAX_K as MAX_FLOAT_K
-from .ops.linear_sparse_float import FloatParts, check_float_structure, pack_sparse_float, sparse_float_rows
+from .ops.linear_sparse_float import FloatParts, check_float_structure, linear_float, pack_sparse_float, sparse_float_rows
 from .ops.sparse_pairs import is_24
 from .ops.tiles import TILE_N, ceil_div
 from .weights import row_blocks
@@ -63,8 +63,16 @@ class SparseInt8(Format):
         return {**sparse_storage.pack_sparse(values)._asdict(), "weight_scale": scale}
 
     def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
-        parts = (stored["weight_packed"], stored["weight_index"], stored["weight_offset"])
-        return sparse_storage.sparse_rows(*parts, n, k) * stored["weight_scale"].unsqueeze(1)
+        return _values(stored, n, k) * stored["weight_scale"].unsqueeze(1)
+
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return self.dense().plain_tensors(n, k)
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {"weight_packed": _values(stored, n, k), "weight_scale": stored["weight_scale"]}
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {**sparse_storage.pack_sparse(plain["weight_packed"])._asdict(), "weight_scale": plain["weight_scale"]}
 
     def dense(self) -> Format:
         from .formats import Int8Dynamic  # which imports this module
@@ -87,6 +95,8 @@ class SparseInt8(Format):
         sparse_storage.check_structure(repr(self), parts, n, k)
 
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        if "weight_index" not in parameters:  # the plain form
+            return self.dense().linear(x, parameters, buffers, bias)
         return self.op(
             x,
             parameters["weight_packed"],
@@ -102,7 +112,8 @@ class SparseInt8(Format):
 class SparseFloat(Format):
     """A pruned float weight as it is: the non-zeros of each channel, float32, and their places. Computes in float32.
 
-    Values are held as their bytes, so that no cast of the model touches them.
+    Values are held as their bytes, so that no cast of the model touches them. A device without kernels keeps the dense weight: a
+    NaN or inf in x reaches every channel there, on a CPU those that have a weight for it.
     """
 
     tag: ClassVar[str] = "sparse-float"
@@ -129,10 +140,30 @@ class SparseFloat(Format):
         return pack_sparse_float(rows)._asdict()
 
     def dequantize(self, stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+        if "weight_index" not in stored:  # the plain form
+            return stored["weight_packed"]
         return sparse_float_rows(stored["weight_packed"], stored["weight_index"], stored["weight_offset"], k)
+
+    def plain_tensors(self, n: int, k: int) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("weight_packed", torch.float32, (n, k), True, 1),)
+
+    def to_plain(self, stored: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return {"weight_packed": self.dequantize(stored, n, k)}
+
+    def from_plain(self, plain: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+        return self.quantize(plain["weight_packed"])
 
     def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:
         check_float_structure(repr(self), FloatParts(*(stored[name] for name in FloatParts._fields)), n, k)
 
     def linear(self, x: Tensor, parameters: Stored, buffers: Stored, bias: Tensor | None) -> Tensor:
+        if "weight_index" not in parameters:  # the plain form
+            return linear_float(x, parameters["weight_packed"], bias)
         return self.op(x, parameters["weight_packed"], parameters["weight_index"], parameters["weight_offset"], bias)
+
+
+def _values(stored: Mapping[str, Tensor], n: int, k: int) -> Tensor:
+    """int8 [N, K] of a SparseInt8 layer in either form."""
+    if "weight_index" not in stored:
+        return stored["weight_packed"]
+    return sparse_storage.sparse_rows(stored["weight_packed"], stored["weight_index"], stored["weight_offset"], n, k)

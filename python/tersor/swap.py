@@ -197,7 +197,7 @@ def _faster(model: nn.Module, places: list[Place], only_if_faster: Any, progress
     """The places whose packed layer was measured to be faster; the others are logged."""
     rows = row_counts(model, [place.layer() for place in places], only_if_faster)
     choice, faster, stay = Choice(), [], []
-    for place in _tracked(places, progress, "measuring layers"):
+    for place in tracked(places, progress, "measuring layers"):
         counts = rows[id(place.layer())]
         best = choice.best(place.layer(), place.format, counts) if counts else None
         if best is None:
@@ -223,7 +223,7 @@ def _swap_all(places: list[Place], device: torch.device | str | None, progress: 
         return layer if device is None else layer.to(device)
 
     # The largest weight last: memory has fallen furthest when its packed copy is made.
-    for group in _tracked(sorted(groups.values(), key=_weight_size), progress, "quantizing layers"):
+    for group in tracked(sorted(groups.values(), key=_weight_size), progress, "quantizing layers"):
         swap_group(group, make)
 
 
@@ -269,7 +269,7 @@ def share_weight(shared: QuantLinear, linear: nn.Linear, fmt: Format) -> QuantLi
     return layer
 
 
-def _tracked(work: list[T], progress: bool, what: str) -> Iterable[T]:
+def tracked(work: list[T], progress: bool, what: str) -> Iterable[T]:
     if not progress:
         return work
     from rich.console import Console

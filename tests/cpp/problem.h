@@ -63,7 +63,7 @@ struct S8Operand {
 
   S8Operand(int64_t m, int64_t k, int64_t ld, int64_t readable, Random& random)
       : M(m), K(k), ldq(ld), q((m - 1) * ld + readable), scale(m), row_sum(m) {
-    for (int64_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(random.between(-128, 127));  // also what stands past K
+    for (int64_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(random.between(-128, 127));  // also what stands past a row
     for (int64_t i = 0; i < M; ++i) {
       for (int64_t j = 0; j < K; ++j)
         q[i * ldq + j] = static_cast<int8_t>(i % 2 ? (random.coin() ? 127 : -127) : random.between(-127, 127));
@@ -77,10 +77,12 @@ struct S8Operand {
       for (int64_t j = 0; j < K; ++j) row_sum[i] += q[i * ldq + j];
     }
   }
-  // Rows for a table entry are readable up to the next k step, rows for a driver end at K.
+  // Rows for a table entry are readable, and 0, up to the next k step, rows for a driver end at K.
   static S8Operand for_entry(int64_t M, int64_t K, int64_t pad, Random& random, int bits = 8) {
     const int64_t whole = round_up(K, tile_k(bits));
-    return S8Operand(M, K, whole + pad, whole, random);
+    S8Operand x(M, K, whole + pad, whole, random);
+    for (int64_t m = 0; m < M; ++m) std::memset(&x.q[m * x.ldq + K], 0, static_cast<size_t>(whole - K));
+    return x;
   }
   S8Rows args() const { return {q.data(), ldq, scale.data(), row_sum.data()}; }
 };
@@ -93,7 +95,7 @@ inline const IntGemm& gemm_of(const Kernels& k, int bits) {
 inline void run_gemm(const Kernels& k, const S8Operand& x, const Weights& w, Activation activation, const float* bias, void* y,
                      Dtype dtype, int64_t ldy, int64_t m0, int64_t m1, int64_t t0, int64_t t1) {
   const bool s32 = dtype == Dtype::s32;
-  const int64_t bytes = (m1 - m0) * gemm_of(k, w.bits).row_scratch(w.K);
+  const int64_t bytes = (m1 - m0) * gemm_of(k, w.bits).row_scratch(w.K) + gemm_of(k, w.bits).panel_scratch(w.K);
   Canvas scratch(1, bytes, bytes);
   const GemmArgs args{w.N,
                       w.K,

@@ -200,8 +200,7 @@ void check_glu(int64_t M, int64_t F, int64_t K, Dtype dtype, int bits, Activatio
     CHECK(y.intact(), "writes outside y");
     for (int form = 0; form < 2; ++form) {
       const char* error = on_fresh_thread([&] {
-        return form ? linear_glu_quantize(k.table, M, rows, w, dtype, out)
-                    : linear_glu_quantize(k.table, M, x.args(), w, dtype, out);
+        return form ? linear_quantize(k.table, M, rows, w, dtype, out) : linear_quantize(k.table, M, x.args(), w, dtype, out);
       });
       CHECK(!error && out_q.intact() && out_scale.intact() && sums.intact(), "writes outside its rows");
       for (int64_t m = 0; m < M; ++m) {

@@ -61,6 +61,23 @@ TERSOR_TEST(gemm_s32_many_rows) {
   }
 }
 
+// Several blocks of rows of one height, the last of which may begin within the one before, and K around multiples of 64: what a
+// matrix unit multiplies and what it leaves.
+TERSOR_TEST(gemm_s32_blocks_of_rows) {
+  Random random(options.seed);
+  for (int bits : kWidths) {
+    for (int64_t K : {63, 64, 67, 127, 128, 220}) {
+      for (int64_t N : {16, 32, 53}) {
+        const Weights w(N, K, random, K % 2, bits);
+        for (int64_t M : {9, 16, 17, 31, 32, 33, 65}) {
+          const S8Operand x = S8Operand::for_entry(M, K, M % 3 * 5, random, bits);
+          check_accumulators(x, w, matmul(x.q.data(), x.ldq, w.w.data(), M, N, K), N + M % 4);
+        }
+      }
+    }
+  }
+}
+
 // Codes 255 and 0 against x = +127 and -127 over the longest K there is. At K = 66312 sum(q * code) leaves int32 for the first
 // time, at 132104 it passes 2^32; the repaired result fits all the way. Rows and channels: all of one sign, alternating, drawn.
 TERSOR_TEST(gemm_s32_extremes) {

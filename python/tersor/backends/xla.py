@@ -1,4 +1,4 @@
-"""XLA through torchax: the references as JAX graphs, their int_matmul as an s8 x s8 -> s32 dot, their gradients as JAX's own.
+"""XLA through torchax: the references as JAX graphs, their int_matmul as an s8 x s8 -> s32 dot, gradients as JAX asks for them.
 
     import torchax, tersor
     tersor.backends.xla.register()
@@ -28,7 +28,7 @@ from ..nn import QuantLinear
 from ..ops import Op
 from ..ops._register import TWIN
 from ..ops.epilogues import PULL_BACK_ON_DEVICE
-from ..ops.int_matmul import ON_DEVICE
+from ..ops.int_matmul import ON_DEVICE, Products
 from ..plain import to_plain_
 
 DEVICE = "jax"
@@ -56,10 +56,12 @@ def register() -> None:
     Raises ImportError where torchax is missing or too old.
     """
     _, torchax = _modules()
-    ON_DEVICE[DEVICE] = _dot_of_torchax
+    ON_DEVICE[DEVICE] = Products(_of_torchax(dot_s8), _of_torchax(dot_f32))
     PULL_BACK_ON_DEVICE[DEVICE] = _pull_back
     lowerings = {op.raw: _lowering(op) for op in ops.OPS.values()}
     lowerings[torch.ops.tersor_xla.dot_s8.default] = dot_s8
+    lowerings[torch.ops.tersor_xla.dot_f32.default] = dot_f32
+    lowerings[torch.ops.aten.view.dtype] = _view_as  # torchax has none, and takes the dtype for a shape
     registry = torchax.ops.ops_registry
     # An environment copies the registry when it is made; one that exists already has a table of its own.
     tables = [registry.all_aten_ops] + ([] if torchax._env is None else [torchax._env._ops])
@@ -73,14 +75,48 @@ def dot_s8(x: Any, w: Any) -> Any:
     """JAX: x int8 [M, K] times w int8 [N, K] transposed -> int32 [M, N], exact: one dot_general, which an MXU takes as it is."""
     import jax
 
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jax.numpy.int32)
+    return jax.lax.dot_general(x, w, _TRANSPOSED, preferred_element_type=jax.numpy.int32)
 
 
-def _dot_of_torchax(x: Tensor, w: Tensor) -> Tensor:
-    import torchax
+def dot_f32(x: Any, w: Any) -> Any:
+    """JAX: x float [M, K] times w int8 or float32 [N, K] transposed -> float32 [M, N], float32 products and sums.
 
-    env = torchax.default_env()
-    return env.j2t_iso(dot_s8(*env.t2j_iso((x, w))))
+    A TPU rounds the factors of a float32 dot to bfloat16 unless it is told not to; bfloat16 times int8 is exact that way.
+    """
+    import jax
+
+    lax, jnp = jax.lax, jax.numpy
+    exact = x.dtype == jnp.bfloat16 and w.dtype == jnp.int8
+    dtype, precision = (jnp.bfloat16, lax.Precision.DEFAULT) if exact else (jnp.float32, lax.Precision.HIGHEST)
+    return lax.dot_general(x.astype(dtype), w.astype(dtype), _TRANSPOSED, precision, jnp.float32)
+
+
+_TRANSPOSED = (((1,), (1,)), ((), ()))  # dimension numbers of [M, K] times [N, K]
+
+
+def _of_torchax(f: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A function of JAX arrays as one of torchax's tensors."""
+
+    def of_tensors(*tensors: Tensor) -> Tensor:
+        import torchax
+
+        env = torchax.default_env()
+        return env.j2t_iso(f(*env.t2j_iso(tensors)))
+
+    return of_tensors
+
+
+def _view_as(x: Any, dtype: torch.dtype) -> Any:
+    """JAX: Tensor.view(dtype)."""
+    import jax
+    from torchax.ops import mappings
+
+    to = jax.numpy.dtype(mappings.t2j_dtype(dtype))
+    size, wanted = x.dtype.itemsize, to.itemsize
+    if wanted > size:  # JAX takes the parts of a value as a last dim of their own, and gives them so
+        x = x.reshape(*x.shape[:-1], -1, wanted // size)
+    out = jax.lax.bitcast_convert_type(x, to)
+    return out if wanted >= size else out.reshape(*x.shape[:-1], -1)
 
 
 def _pull_back(epilogue: str, before: Tensor, grad: Tensor) -> Tensor:
@@ -97,10 +133,11 @@ def _pull_back(epilogue: str, before: Tensor, grad: Tensor) -> Tensor:
     return env.j2t_iso(jax.vjp(activation, value)[1](slope)[0])
 
 
-# The node that stands for int_matmul in a graph of torch.export; private to export().
+# The nodes that stand for the products in a graph of torch.export; private to export().
 _library = torch.library.Library("tersor_xla", "DEF")
-_library.define("dot_s8(Tensor x, Tensor w) -> Tensor")
-_library.impl("dot_s8", lambda x, w: x.new_empty((x.shape[0], w.shape[0]), dtype=torch.int32), "Meta")
+for _name, _dtype in (("dot_s8", torch.int32), ("dot_f32", torch.float32)):
+    _library.define(f"{_name}(Tensor x, Tensor w) -> Tensor")
+    _library.impl(_name, lambda x, w, dtype=_dtype: x.new_empty((x.shape[0], w.shape[0]), dtype=dtype), "Meta")
 
 
 def _lowering(op: Op) -> Callable[..., Any]:
@@ -118,8 +155,6 @@ def _lowering(op: Op) -> Callable[..., Any]:
         for name, value in kwargs.items():
             given[raw.arguments.index(name)] = value
         at = [i for i, value in enumerate(given) if isinstance(value, jax.Array)]
-        if "group_scale" in raw.arguments:
-            _make_readable(given, raw.arguments)
         arrays = [given[i] for i in at]
 
         def filled(values: Sequence[Any]) -> list[Any]:
@@ -149,18 +184,6 @@ def _lowering(op: Op) -> Callable[..., Any]:
         return differentiable(*arrays)
 
     return lowered
-
-
-def _make_readable(given: list[Any], names: Sequence[str]) -> None:
-    """Bytes of group scales become float32 [N, G]: torchax cannot view a tensor as another dtype, so that is done here."""
-    import jax
-
-    at = names.index("group_scale")
-    value, n = given[at], given[names.index("weight_scale")].shape[0]
-    if value is not None and value.dtype == jax.numpy.uint8:
-        nt, groups, _ = value.shape
-        halves = jax.lax.bitcast_convert_type(value.reshape(nt, groups, -1, 2), jax.numpy.float16)
-        given[at] = halves.swapaxes(1, 2).reshape(-1, groups)[:n].astype(jax.numpy.float32)
 
 
 class _Context:
@@ -207,7 +230,10 @@ def export(
     shapes = _pytree.tree_map(lambda t: {0: dim} if isinstance(t, Tensor) and dim is not None else None, tuple(example_inputs))
     with torch.no_grad(), _dots_in_graphs():
         program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions({op.raw: op.reference for op in ops.OPS.values()})
+        # torch's own at the same time: what one of them changes in the strides of an x decides how a reference is traced.
+        program = program.run_decompositions(
+            {**torch.export.default_decompositions(), **{op.raw: op.reference for op in ops.OPS.values()}}
+        )
     weights, function = torchax_export.exported_program_to_jax(program)
     shapes = torchax_export.extract_avals(program)
 
@@ -224,9 +250,9 @@ def export(
 
 @contextlib.contextmanager
 def _dots_in_graphs() -> Iterator[None]:
-    """Within, int_matmul of CPU tensors is the node dot_s8: what is traced is to become a graph, not to run here."""
+    """Within, the products of CPU tensors are the nodes above: what is traced is to become a graph, not to run here."""
     before = ON_DEVICE.get("cpu")
-    ON_DEVICE["cpu"] = torch.ops.tersor_xla.dot_s8
+    ON_DEVICE["cpu"] = Products(torch.ops.tersor_xla.dot_s8, torch.ops.tersor_xla.dot_f32)
     try:
         yield
     finally:

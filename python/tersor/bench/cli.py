@@ -32,7 +32,7 @@ class Numbers(click.ParamType):
         return numbers
 
 
-def _output_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+def output_file(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
     """Refused before anything is measured, not after."""
     if value is None:
         return None
@@ -51,14 +51,14 @@ def bench() -> None:
     """
 
 
-def _or_exit(f: Callable[[], T]) -> T:
+def or_exit(f: Callable[[], T]) -> T:
     try:
         return f()
     except (RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 
-def _measured_machine(fresh: bool) -> Any:
+def measured_machine(fresh: bool) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -66,7 +66,7 @@ def _measured_machine(fresh: bool) -> Any:
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("limits of this machine", total=steps(1 if usable_cores() == 1 else 2))
-        return _or_exit(lambda: this_machine(fresh, on_step=lambda: progress.advance(task)))
+        return or_exit(lambda: this_machine(fresh, on_step=lambda: progress.advance(task)))
 
 
 @bench.command()
@@ -80,7 +80,7 @@ def machine(fresh: bool, as_json: bool) -> None:
     import dataclasses
     import json
 
-    limits = _measured_machine(fresh)
+    limits = measured_machine(fresh)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(limits), indent=1))
         return
@@ -108,9 +108,9 @@ def machine(fresh: bool, as_json: bool) -> None:
 @click.option("--rounds", type=click.IntRange(3), default=7, show_default=True, help="Times each contender is measured.")
 @click.option("--unrestricted", is_flag=True, help="Let oneDNN use AMX and AVX512-BF16 where this CPU has them.")
 @click.option("--fresh-limits", is_flag=True, help="Measure the machine's limits again first.")
-@click.option("--json", "json_path", callback=_output_file, metavar="FILE", help="Write everything as JSON.")
-@click.option("--csv", "csv_path", callback=_output_file, metavar="FILE", help="Write the rows as CSV.")
-@click.option("--plot", "plot_path", callback=_output_file, metavar="FILE", help="Draw a roofline (png, svg or pdf).")
+@click.option("--json", "json_path", callback=output_file, metavar="FILE", help="Write everything as JSON.")
+@click.option("--csv", "csv_path", callback=output_file, metavar="FILE", help="Write the rows as CSV.")
+@click.option("--plot", "plot_path", callback=output_file, metavar="FILE", help="Draw a roofline (png, svg or pdf).")
 def linear(
     format_name: str,
     rows: tuple[int, ...],
@@ -158,19 +158,19 @@ def linear(
     if shapes is not None and shapes not in SHAPES:
         raise click.BadParameter(f"{shapes!r}, expected one of: {', '.join(SHAPES)}", param_hint="--shapes")
     if model is not None:
-        layers = _or_exit(lambda: shapes_of_model(model))
+        layers = or_exit(lambda: shapes_of_model(model))
     else:
         layers = SHAPES[shapes] if shapes else tuple((a, b) for a in k or (4096,) for b in n or (4096,))
     names = [] if against == "none" else [name.strip() for name in against.split(",")]
-    _or_exit(lambda: expand(names))
+    or_exit(lambda: expand(names))
 
-    limits = _measured_machine(fresh_limits)
+    limits = measured_machine(fresh_limits)
     run = Bench(layers, rows, formats[format_name], DTYPES[dtype], threads, tuple(names), rounds)
     measured: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("layers", total=len(run.cases()))
         # a shape may be too large for a format or for memory
-        _or_exit(lambda: measured.extend(run.run(limits, on_case=lambda: progress.advance(task))))
+        or_exit(lambda: measured.extend(run.run(limits, on_case=lambda: progress.advance(task))))
     facts = {
         "cpu": machine_name(),
         "isa": limits.isa,
@@ -194,7 +194,7 @@ def linear(
     if csv_path:
         write_csv(csv_path, measured)
     if plot_path:
-        _or_exit(lambda: plot_roofline(plot_path, measured, limits.with_threads(threads), title))
+        or_exit(lambda: plot_roofline(plot_path, measured, limits.with_threads(threads), title))
 
 
 @bench.command()
@@ -206,8 +206,8 @@ def linear(
 @click.option("--ours-only", is_flag=True, help="Leave torch's CSR and scipy out.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(3), default=5, show_default=True, help="Times each contender is measured.")
-@click.option("--csv", "csv_path", callback=_output_file, metavar="FILE", help="Write the rows as CSV.")
-@click.option("--plot", "plot_path", callback=_output_file, metavar="FILE", help="Draw speed-up over sparsity (png, svg or pdf).")
+@click.option("--csv", "csv_path", callback=output_file, metavar="FILE", help="Write the rows as CSV.")
+@click.option("--plot", "plot_path", callback=output_file, metavar="FILE", help="Draw speed-up over sparsity (png, svg or pdf).")
 def sparse(
     rows: tuple[int, ...],
     k: int,
@@ -243,7 +243,7 @@ def sparse(
     measured: list[Any] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("weights", total=len(run.cases()))
-        _or_exit(lambda: measured.extend(run.run(on_case=lambda: progress.advance(task))))
+        or_exit(lambda: measured.extend(run.run(on_case=lambda: progress.advance(task))))
     title = f"{machine_name()}, {threads} thread(s), K={k}, N={n}, float32 in and out"
     click.echo(f"{title}\n\n{markdown(measured)}\n")
     for kind in kinds:
@@ -258,7 +258,7 @@ def sparse(
     if csv_path:
         write_csv(csv_path, measured)
     if plot_path:
-        _or_exit(lambda: plot(plot_path, measured, title))
+        or_exit(lambda: plot(plot_path, measured, title))
 
 
 @bench.command()
@@ -268,7 +268,7 @@ def sparse(
 @click.option("--n", type=Numbers(), default="4096,11008", show_default=True, help="Output features.")
 @click.option("--against", default="bf16,int-mm,torchao", show_default=True, help="Contenders; ratios are to the first.")
 @click.option("--rounds", type=click.IntRange(3), default=7, show_default=True, help="Times each contender is measured.")
-@click.option("--csv", "csv_path", callback=_output_file, metavar="FILE", help="Write the rows as CSV.")
+@click.option("--csv", "csv_path", callback=output_file, metavar="FILE", help="Write the rows as CSV.")
 def cuda(
     format_name: str,
     rows: tuple[int, ...],
@@ -293,13 +293,13 @@ def cuda(
     formats = our_formats()
     if format_name not in formats:
         raise click.BadParameter(f"{format_name!r}, expected one of: {', '.join(formats)}", param_hint="--format")
-    gpu = _or_exit(Gpu)
+    gpu = or_exit(Gpu)
     names = tuple(name.strip() for name in against.split(",") if name.strip() not in ("", "none"))
     run = CudaBench(tuple((a, b) for a in k for b in n), rows, formats[format_name], names, rounds)
     measured: list[CudaRow] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("layers", total=len(run.cases()))
-        _or_exit(lambda: measured.extend(run.run(gpu, on_case=lambda: progress.advance(task))))
+        or_exit(lambda: measured.extend(run.run(gpu, on_case=lambda: progress.advance(task))))
     click.echo(f"{gpu.name}, bfloat16 in and out, {format_name}\n\n{markdown(measured)}")
     for reason in run.skipped:
         click.echo(f"skipped: {reason}")

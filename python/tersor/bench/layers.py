@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,16 +187,30 @@ def kernel_only(layer: QuantLinear, x: Tensor) -> Callable[[], object] | None:
     return lambda: linear_s8(q, scale, row_sum, weight_packed, weight_scale, layer.bias, "none", x.dtype, bits)
 
 
+def made_by(name: str, option: str = "model") -> Any:
+    """What `module:factory` makes; the factory takes no arguments. ValueError, naming the option, where there is none."""
+    return attribute(name, option)()
+
+
+def attribute(name: str, option: str) -> Any:
+    """The function that `module:name` stands for, the working folder's modules included."""
+    module_name, _, attribute_name = name.partition(":")
+    if not module_name or not attribute_name:
+        raise ValueError(f"{option} is {name!r}, expected module:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m has it; a console script does not look in the working folder
+    try:
+        found = getattr(importlib.import_module(module_name), attribute_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{option} {name!r}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{option} {name!r} is {type(found).__name__}, expected a function")
+    return found
+
+
 def shapes_of_model(name: str) -> tuple[tuple[int, int], ...]:
     """(K, N) of the distinct nn.Linear layers of `module:factory`'s model; the factory takes no arguments."""
-    module_name, _, factory_name = name.partition(":")
-    if not module_name or not factory_name:
-        raise ValueError(f"model is {name!r}, expected module:factory")
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {name!r}: {error}") from None
-    model = factory()
+    model = made_by(name)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} made {type(model).__name__}, expected an nn.Module")
     found = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear | QuantLinear)]

@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import native
+from ..json_files import write_json
 from .timing import cpu_name
 
 logger = logging.getLogger("tersor")
@@ -220,14 +220,7 @@ def keep(machine: Machine) -> Path | None:
     path = _cache_file(machine.isa)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"version": _VERSION, **dataclasses.asdict(machine)}, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_json(path, {"version": _VERSION, **dataclasses.asdict(machine)})
     except OSError as error:
         logger.info("tersor bench: the machine's limits are not kept: %s", error)
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..formats import FORMATS, Format
+from .memory import no_buffers, plan_buffers
 from .passes import check_names, run_patterns
 from .report import FusionReport, logger
 from .stored import StoredValues, computed, hoist
@@ -135,6 +136,8 @@ def _fused(module: fx.GraphModule, example_inputs: Sequence[Any], chosen: Option
     for node in inputs:
         if not node.users:
             module.graph.erase_node(node)
+    # inductor plans the memory of what it compiles itself
+    buffers = plan_buffers(edit) if chosen.inner == "eager" and "buffers" not in chosen.disable else no_buffers
     module.graph.lint()
     module.recompile()
     examples = [example_inputs[i] for i in kept]
@@ -145,7 +148,7 @@ def _fused(module: fx.GraphModule, example_inputs: Sequence[Any], chosen: Option
     pick_kept, pick_read = _picker(kept), _picker(read)
 
     def run_fused(*args: Any) -> Any:
-        return inner(*pick_kept(args), *values(pick_read(args)))
+        return inner(*pick_kept(args), *values(pick_read(args)), *buffers())
 
     run_fused.code = module.code  # type: ignore[attr-defined]
     return run_fused

@@ -273,22 +273,35 @@ def on_rows(edit: Editor, layer: fx.Node, rows: list[fx.Node]) -> None:
 
 def fuse_glu_rows(edit: Editor) -> None:
     """A GLU that one layer alone reads -> the int8 rows of the product, no float between."""
+    _fuse_rows(edit, "glu_rows", "linear_glu", "linear_glu_s8")
+
+
+def fuse_layer_rows(edit: Editor) -> None:
+    """A layer that one layer alone reads, but for an activation -> the int8 rows of its result, no float between."""
+    _fuse_rows(edit, "layer_rows", "linear_dynamic", "linear_s8")
+
+
+def _fuse_rows(edit: Editor, pattern: str, *names: str) -> None:
     for node in list(edit.graph.nodes):
-        args = ours(node, "linear_glu", "linear_glu_s8")
-        if args is None:
-            continue
+        args = ours(node, *names)
+        if args is None or not node.users:
+            continue  # without users: this very step has replaced it
         reader = next(iter(node.users))
+        if pattern == "layer_rows" and ours(reader, "linear_dynamic") is None:
+            continue  # most layers: nothing to report
         name = f"{name_of(node)}_quantize"
         reason = edit.op_runs(ops.OPS[name])
         if not only_user(node) or ours(reader, "linear_dynamic") is None:
             reason = "not one int8 layer alone reads it"
+        elif args.get("residual") is not None:
+            reason = "the layer adds a residual"
         elif not edit.same_epoch(node, reader):
             reason = WRITTEN
         if reason:
-            edit.report.leave("glu_rows", node.name, reason)
+            edit.report.leave(pattern, node.name, reason)
             continue
         with edit.before(node):
             rows = edit.parts(call_ours(edit, name, args, like=node))
         on_rows(edit, reader, rows)
-        edit.report.did("glu_rows", f"{node.name} -> {reader.name}")
+        edit.report.did(pattern, f"{node.name} -> {reader.name}")
     edit.clean()

@@ -10,7 +10,7 @@ from torch import fx
 from ..formats import Format
 from .cleanup import common_subexpressions, remove_dead, remove_identities
 from .editor import Editor
-from .linears import fuse_activations, fuse_glu, fuse_glu_rows, fuse_residuals, fuse_together, share_rows
+from .linears import fuse_activations, fuse_glu, fuse_glu_rows, fuse_layer_rows, fuse_residuals, fuse_together, share_rows
 from .norms import fuse_norms
 from .report import FusionReport
 from .weights import fold_scales, pack_linears
@@ -41,9 +41,11 @@ PATTERNS = (
     Pattern("norm", fuse_norms),
     Pattern("share_rows", share_rows),
     Pattern("glu_rows", fuse_glu_rows),
+    Pattern("layer_rows", fuse_layer_rows),
     Pattern("remove_dead", remove_dead),
 )
-NAMES = tuple(pattern.name for pattern in PATTERNS)
+# What the backend does after them (memory.py) has a switch, too.
+NAMES = (*(pattern.name for pattern in PATTERNS), "buffers")
 
 
 def check_names(function: str, disable: Collection[str]) -> None:

@@ -20,6 +20,7 @@ from .int_matmul import int_matmul
 from .linear_glu import interleave_glu, linear_glu, linear_glu_quantize, linear_glu_s8, linear_glu_s8_quantize
 from .linear_grouped import group_scale_bytes, group_scales, linear_grouped
 from .linear_int8 import linear_acc, linear_dynamic, linear_s8, linear_static
+from .linear_quantize import linear_dynamic_quantize, linear_s8_quantize
 from .linear_sparse import linear_sparse, pairs_on_cuda
 from .linear_sparse_float import linear_sparse_float, pack_sparse_float, sparse_float_rows
 from .linear_weight_only import linear_weight_only
@@ -55,6 +56,7 @@ __all__ = [
     "linear_acc",
     "linear_dynamic",
     "linear_dynamic_differentiable",
+    "linear_dynamic_quantize",
     "linear_glu",
     "linear_glu_quantize",
     "linear_glu_s8",
@@ -62,6 +64,7 @@ __all__ = [
     "linear_grouped",
     "linear_grouped_differentiable",
     "linear_s8",
+    "linear_s8_quantize",
     "linear_sparse",
     "linear_sparse_differentiable",
     "linear_sparse_float",

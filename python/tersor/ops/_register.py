@@ -37,6 +37,7 @@ class Op:
                one call, 0: none
     arguments  names of the arguments
     inference  there is no gradient: a call that would need one is refused
+    out        the overload that writes to given tensors, for graphs that plan their memory; None: there is none
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Op:
         autocast: bool,
         rows: int,
         inference: bool,
+        out: bool,
     ) -> None:
         self.name = name
         self.public_name = name.removesuffix(TWIN)  # in messages
@@ -72,7 +74,26 @@ class Op:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", functools.partial(vmap_rule, self), lib=library)
         self.raw = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.arguments = tuple(argument.name for argument in self.raw._schema.arguments)
+        self.out = self._define_out() if out else None
         self.row_arguments = {*range(rows), *(i for i, name in enumerate(self.arguments) if name == "residual")}
+
+    def _define_out(self) -> Any:
+        """`name.out`: the same arguments, then contiguous tensors for the results, which must overlap nothing that is read."""
+        returns = self.raw._schema.returns
+        given = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(len(returns)))
+        library.define(f"{self.name}.out{self.schema[: self.schema.rindex(')', 0, self.schema.index('->'))]}, *, {given}) -> ()")
+
+        def write(*args: Any, **outs: Tensor) -> None:
+            made = self.reference(*args)
+            for out, value in zip(outs.values(), (made,) if isinstance(made, Tensor) else made, strict=True):
+                out.copy_(value)
+
+        def check(*args: Any, **outs: Tensor) -> None:
+            self.check(*args)
+
+        library.impl(f"{self.name}.out", write, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}.out", check, lib=library)
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raw = self.raw
@@ -156,14 +177,15 @@ def op(
     autocast: bool = False,
     rows: int = 1,
     inference: bool = False,
+    out: bool = False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: `schema` is the part after the name, as in torch.library; `check` is the shape rule; `autocast` says that the
     first argument and the result are activations, so that the result takes the autocast dtype; `rows` is how many of the first
-    arguments have leading dims, `inference` that there is no gradient (see Op)."""
+    arguments have leading dims, `inference` that there is no gradient, `out` that there is an overload `.out` (see Op)."""
 
     def define(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
-        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows, inference)
+        OPS[name] = Op(name, schema, reference, check, kernels, autocast, rows, inference, out)
         return OPS[name]
 
     return define

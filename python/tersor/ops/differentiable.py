@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import int_matmul as _int_matmul
 from ._register import TWIN, Op, library, op
 from .checks import FLOATS, as_rows, check_device, check_group_scale, check_tensors, check_weights
 from .epilogues import pull_back
@@ -70,10 +71,10 @@ def input_grad(
     n = weight_scale.shape[0]
     g = as_rows(grad).float() * weight_scale
     out = torch.zeros((g.shape[0], in_features), dtype=torch.float32, device=grad.device)
-    with torch.autocast(grad.device.type, enabled=False):
-        scales = None if group_scale is None or in_features == 0 else group_scales(group_scale, n)
-        for begin, end, rows in blocks_of_rows(weight_packed, n, in_features, _BLOCK_TILES, bits):
-            out = out.addmm(g[:, begin:end], _relative(rows, None if scales is None else scales[begin:end]))
+    scales = None if group_scale is None or in_features == 0 else group_scales(group_scale, n)
+    for begin, end, rows in blocks_of_rows(weight_packed, n, in_features, _BLOCK_TILES, bits):
+        relative = _relative(rows, None if scales is None else scales[begin:end])
+        out = out + _int_matmul.float_matmul(g[:, begin:end], relative.t())
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
@@ -106,14 +107,21 @@ def _make_twin(raw: Op, doc: str, setup: Callable[..., None], backward: Callable
     return twin
 
 
-def _make(raw: Op, doc: str) -> Op:
-    """The twin of a linear layer, with gradients for x, bias and residual."""
+def _dense_input_grad(grad: Tensor, kept: dict[str, Tensor], in_features: int, bits: int) -> Tensor:
+    return input_grad(grad, kept["weight_packed"], kept["weight_scale"], in_features, kept.get("group_scale"), bits)
+
+
+def _make(
+    raw: Op, doc: str, grad_of_x: Callable[..., Tensor] = _dense_input_grad, keep_x: tuple[str, ...] = (), bits: int = 8
+) -> Op:
+    """The twin of a linear layer, with gradients for x, bias and residual.
+
+    grad_of_x  (grad, the kept tensors by name, K, bits) -> the gradient of x
+    keep_x     what grad_of_x needs beside the stored weight
+    bits       of a code, where the op has no such argument, and the default
+    """
     # x and the stored tensors come first, then the epilogue, then plain numbers
     names = raw.arguments[: raw.arguments.index("epilogue")]
-    through_signs = "threshold" in names
-    bits = (
-        1 if through_signs else GROUPED_BITS if "group_scale" in names else 8
-    )  # of an op that has no such argument, and the default
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         given = dict(zip(raw.arguments, inputs, strict=False))
@@ -123,7 +131,7 @@ def _make(raw: Op, doc: str) -> Op:
         # x itself (and what quantises it) is needed only to differentiate an activation or a sign; its shape follows from grad, K.
         keep = names
         if ctx.epilogue == "none":
-            keep = tuple(name for name in names if name in _FOR_INPUT_GRAD or (through_signs and name in ("x", "threshold")))
+            keep = tuple(name for name in names if name in (*_STORED, *keep_x))
         ctx.kept = keep
         ctx.save_for_backward(*(given[name] for name in keep))
 
@@ -137,13 +145,8 @@ def _make(raw: Op, doc: str) -> Op:
             width = (ctx.bits,) if "bits" in raw.arguments else ()
             before = raw(*(kept[name] for name in names), "none", *width).float()
             grad = pull_back(ctx.epilogue, before, grad.float()).to(grad.dtype)
-        if ctx.wanted[0] and "weight_offset" in kept:
-            grads["x"] = _sparse_input_grad(grad, kept, ctx.in_features)
-        elif ctx.wanted[0]:
-            stored = (kept["weight_packed"], kept["weight_scale"], ctx.in_features, kept.get("group_scale"), ctx.bits)
-            grads["x"] = input_grad(grad, *stored)
-            if through_signs:
-                grads["x"] = _through_signs(grads["x"], kept["x"].detach(), kept["threshold"])
+        if ctx.wanted[0]:
+            grads["x"] = grad_of_x(grad, kept, ctx.in_features, ctx.bits)
         if ctx.wanted[names.index("bias")]:
             grads["bias"] = as_rows(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return tuple(grads.get(name) for name in raw.arguments)
@@ -151,23 +154,27 @@ def _make(raw: Op, doc: str) -> Op:
     return _make_twin(raw, doc, setup, backward, autocast=True)
 
 
-_FOR_INPUT_GRAD = ("weight_packed", "weight_scale", "group_scale", "weight_index", "weight_offset", "weight_sum")
+_STORED = ("weight_packed", "weight_scale", "group_scale", "weight_index", "weight_offset", "weight_sum")
 
 
-def _sparse_input_grad(grad: Tensor, kept: dict[str, Tensor], in_features: int) -> Tensor:
+def _sparse_input_grad(grad: Tensor, kept: dict[str, Tensor], in_features: int, bits: int) -> Tensor:
     """grad [..., N] times the stored weights, float32 sums. Plain torch, so that it can be differentiated again."""
     stored = (kept["weight_packed"], kept["weight_index"], kept["weight_offset"])
-    with torch.autocast(grad.device.type, enabled=False):
-        if "weight_scale" not in kept:
-            return (grad.float() @ sparse_float_rows(*stored, in_features)).to(grad.dtype)
+    g = as_rows(grad).float()
+    if "weight_scale" in kept:
+        g = g * kept["weight_scale"]
         rows = sparse_rows(*stored, kept["weight_scale"].shape[0], in_features)
-        return ((grad.float() * kept["weight_scale"]) @ rows.float()).to(grad.dtype)
+    else:
+        rows = sparse_float_rows(*stored, in_features)
+    return _int_matmul.float_matmul(g, rows.t()).to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
-def _through_signs(grad: Tensor, x: Tensor, threshold: Tensor) -> Tensor:
+def _through_signs(grad: Tensor, kept: dict[str, Tensor], in_features: int, bits: int) -> Tensor:
     """The straight-through gradient of scale * sign(x - threshold): the scale where abs(x - threshold) <= 1, else 0
     (Hubara et al., arXiv:1602.02830)."""
     # Comparison first: a product with 0 would keep an inf or NaN of a grad that is to vanish.
+    grad = _dense_input_grad(grad, kept, in_features, bits)
+    x, threshold = kept["x"].detach(), kept["threshold"]
     near = (x.float() - threshold).abs() <= 1
     return torch.where(near, grad.float() * binarize_rows.raw(x, threshold)[1].unsqueeze(-1), 0.0).to(grad.dtype)
 
@@ -192,10 +199,16 @@ def _backward_of_input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 linear_dynamic_differentiable = _make(linear_dynamic, "ops.linear_dynamic with gradients for x, bias and residual.")
 linear_static_differentiable = _make(linear_static, "ops.linear_static with gradients for x, bias and residual.")
-linear_grouped_differentiable = _make(linear_grouped, "ops.linear_grouped with gradients for x, bias and residual.")
-linear_xnor_differentiable = _make(linear_xnor, "ops.linear_xnor with gradients for x, bias and residual.")
-linear_sparse_differentiable = _make(linear_sparse, "ops.linear_sparse with gradients for x and bias.")
-linear_sparse_float_differentiable = _make(linear_sparse_float, "ops.linear_sparse_float with gradients for x and bias.")
+linear_grouped_differentiable = _make(
+    linear_grouped, "ops.linear_grouped with gradients for x, bias and residual.", bits=GROUPED_BITS
+)
+linear_xnor_differentiable = _make(
+    linear_xnor, "ops.linear_xnor with gradients for x, bias and residual.", _through_signs, ("x", "threshold"), bits=1
+)
+linear_sparse_differentiable = _make(linear_sparse, "ops.linear_sparse with gradients for x and bias.", _sparse_input_grad)
+linear_sparse_float_differentiable = _make(
+    linear_sparse_float, "ops.linear_sparse_float with gradients for x and bias.", _sparse_input_grad
+)
 linear_weight_only_differentiable = _make(linear_weight_only, "ops.linear_weight_only with gradients for x and bias.")
 input_grad_differentiable = _make_twin(
     input_grad, "ops.input_grad with a gradient for grad.", _setup_input_grad, _backward_of_input_grad, autocast=False

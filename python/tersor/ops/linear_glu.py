@@ -107,6 +107,7 @@ def _check_glu(
     kernels=("quantize_x", *GEMM, "glu"),
     autocast=True,
     inference=True,
+    out=True,
 )
 def linear_glu(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, bits: int = 8
@@ -148,6 +149,7 @@ def _check_glu_s8(
     kernels=(*GEMM, "glu"),
     rows=3,
     inference=True,
+    out=True,
 )
 def linear_glu_s8(
     q: Tensor,
@@ -176,6 +178,7 @@ def _check_glu_quantize(
     check=_check_glu_quantize,
     kernels=("quantize_x", *GEMM, "glu"),
     inference=True,
+    out=True,
 )
 def linear_glu_quantize(
     x: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, bits: int = 8
@@ -208,6 +211,7 @@ def _check_glu_s8_quantize(
     kernels=("quantize_x", *GEMM, "glu"),
     rows=3,
     inference=True,
+    out=True,
 )
 def linear_glu_s8_quantize(
     q: Tensor,

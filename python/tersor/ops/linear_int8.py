@@ -117,6 +117,7 @@ def _check_s8(
     check=_check_s8,
     kernels=GEMM,
     rows=3,
+    out=True,
 )
 def linear_s8(
     q: Tensor,
@@ -187,6 +188,7 @@ def _check_dynamic(
     check=_check_dynamic,
     kernels=("quantize_x", *GEMM),
     autocast=True,
+    out=True,
 )
 def linear_dynamic(
     x: Tensor,

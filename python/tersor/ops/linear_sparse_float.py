@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import int_matmul as _int_matmul
 from ._register import op
 from .checks import as_rows, check_bias, check_device, check_tensors, check_x
 from .epilogues import EPILOGUES, check_epilogue
-from .sparse_storage import as_u16, owners, u16_bytes
+from .sparse_storage import as_u16, offset_dtype, owners, u16_bytes
 
 MAX_K = 65536  # what two bytes of index reach
 _BLOCK = 1 << 14  # entries multiplied at a time
@@ -51,7 +52,7 @@ def sparse_float_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset
 
 def check_float_shapes(function: str, packed: Tensor, index: Tensor, offset: Tensor) -> int:
     """Raises ValueError where shapes or dtypes do not fit each other; reads no values. Returns N."""
-    if packed.dtype != torch.uint8 or index.dtype != torch.uint8 or offset.dtype != torch.int64:
+    if packed.dtype != torch.uint8 or index.dtype != torch.uint8 or offset.dtype != offset_dtype(offset):
         raise ValueError(
             f"{function}: weight_packed, weight_index, weight_offset are {packed.dtype}, {index.dtype}, {offset.dtype}, expected "
             "torch.uint8, torch.uint8, torch.int64"
@@ -127,3 +128,11 @@ def linear_sparse_float(
     if bias is not None:
         y = y + bias.float()
     return EPILOGUES[epilogue](y).to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def linear_float(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer on the dense float32 weight [N, K], as plain torch: what a device without kernels computes."""
+    y = _int_matmul.float_matmul(as_rows(x), weight)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import int_matmul as _int_matmul
 from ._register import op
 from .checks import as_rows, check_linear
 from .epilogues import EPILOGUES
@@ -33,11 +34,10 @@ def linear_weight_only(
     """
     _check(x, weight_packed, weight_scale, bias, epilogue)
     n, k = weight_scale.shape[0], x.shape[-1]
-    xf = as_rows(x).float()
-    blocks = [xf.new_empty((xf.shape[0], 0))]  # for N = 0
-    with torch.autocast(x.device.type, enabled=False):
-        for _, _, rows in blocks_of_rows(weight_packed, n, k, _BLOCK_TILES):
-            blocks.append(torch.mm(xf, rows.float().t()))
+    x_rows = as_rows(x)
+    blocks = [x_rows.new_empty((x_rows.shape[0], 0), dtype=torch.float32)]  # for N = 0
+    for _, _, rows in blocks_of_rows(weight_packed, n, k, _BLOCK_TILES):
+        blocks.append(_int_matmul.float_matmul(x_rows, rows))
     y = torch.cat(blocks, 1) * weight_scale
     if bias is not None:
         y = y + bias.float()

@@ -47,6 +47,7 @@ def _check(
     kernels=("norm_quantize_x",),
     rows=2,
     inference=True,
+    out=True,
 )
 def norm_quantize(
     x: Tensor,

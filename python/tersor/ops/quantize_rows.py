@@ -46,7 +46,7 @@ def _check(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Ten
     return empty_rows(x)
 
 
-@op("(Tensor x, Tensor? absmax=None) -> (Tensor, Tensor, Tensor)", check=_check, kernels=("quantize_x",), rows=2)
+@op("(Tensor x, Tensor? absmax=None) -> (Tensor, Tensor, Tensor)", check=_check, kernels=("quantize_x",), rows=2, out=True)
 def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token symmetric int8: q = rint(clamp(x * 127/absmax, -127, 127)), scale = absmax * (1/127f), ties to even.
 
@@ -66,7 +66,7 @@ def quantize_rows(x: Tensor, absmax: Tensor | None = None) -> tuple[Tensor, Tens
     scale, inv = scale_of(given)
     finite = torch.isfinite(given).unsqueeze(-1)
     scaled = torch.where(finite, xf, 0.0) * inv.unsqueeze(-1)
-    q = torch.round(torch.clamp(scaled, -127.0, 127.0)).to(torch.int8)
+    q = torch.round(torch.clamp(scaled, -127.0, 127.0)).to(torch.int8).contiguous()
     return q, scale, q.sum(-1, dtype=torch.int32)
 
 
@@ -100,7 +100,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Ten
     xf = x.float()
     finite = torch.isfinite(xf).all(-1)
     scaled = torch.where(finite.unsqueeze(-1), xf, 0.0) * inv
-    q = torch.round(torch.clamp(scaled, -127.0, 127.0)).to(torch.int8)
+    q = torch.round(torch.clamp(scaled, -127.0, 127.0)).to(torch.int8).contiguous()
     known = torch.where(usable, s, torch.where(torch.isfinite(s), 0.0, torch.nan))
     scale = torch.where(finite, known, torch.nan)
     return q, scale, q.sum(-1, dtype=torch.int32)

@@ -175,8 +175,15 @@ def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tens
 
 def owners(offset: Tensor, entries: int) -> Tensor:
     """int64 [entries]: whose entry each is, by the offsets of all owners."""
-    every = torch.arange(entries, device=offset.device)
-    return torch.searchsorted(offset[1:].contiguous(), every, right=True).clamp(max=max(0, offset.shape[0] - 2))
+    # How many owners ended before each entry. (searchsorted says the same, but not every device has all of it.)
+    ended = torch.zeros(entries + 1, dtype=torch.int64, device=offset.device)
+    ended = ended.index_add(0, offset[1:].clamp(0, entries).long(), torch.ones_like(offset[1:], dtype=torch.int64))
+    return ended[:-1].cumsum(0).clamp(max=max(0, offset.shape[0] - 2))
+
+
+def offset_dtype(offset: Tensor) -> torch.dtype:
+    """int64, which JAX keeps as int32 unless it is told not to."""
+    return torch.int32 if offset.device.type == "jax" and offset.dtype == torch.int32 else torch.int64
 
 
 def check_shapes(function: str, packed: Tensor, index: Tensor, offset: Tensor, sums: Tensor, n: int, k: int) -> str:
@@ -185,7 +192,7 @@ def check_shapes(function: str, packed: Tensor, index: Tensor, offset: Tensor, s
     for name, t, dtype in (
         ("weight_packed", packed, torch.uint8),
         ("weight_index", index, torch.uint8),
-        ("weight_offset", offset, torch.int64),
+        ("weight_offset", offset, offset_dtype(offset)),
         ("weight_sum", sums, torch.int32),
     ):
         if t.dtype != dtype:

@@ -1,0 +1,144 @@
+"""What each way of quantising costs a real language model: perplexity of SmolLM2-135M on a novel, calibrated on another.
+
+python bench/accuracy_smollm.py [--short]
+
+The model's weights were 4-bit (Q4_1) before transformers made them float again: figures show what int8 adds, not the original
+model, and int4 figures would mean little. The lm_head, tied to the embedding, stays float.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tersor.bench.timing import cap_peers, machine_name, torch_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tersor.formats import Format
+
+WINDOW, WINDOWS = 512, 8
+CALIBRATION_BOOK = "Sense and Sensibility"
+FLOAT, DYNAMIC, SMOOTH, SIMULATION = "float32", "Int8Dynamic", "Int8Dynamic, smooth", "Int8Dynamic simulated in torch"
+STATIC, STATIC_SMOOTH, MIXED_SMOOTH = "Int8Static", "Int8Static, smooth", "Int8Static, smooth, down and o dynamic"
+NAMES = (FLOAT, SIMULATION, DYNAMIC, SMOOTH, STATIC, STATIC_SMOOTH, MIXED_SMOOTH)
+
+
+class Row(NamedTuple):
+    perplexity: float
+    bytes: int
+
+
+def calls(ids: Tensor) -> list[dict[str, Any]]:
+    """int64 [windows, WINDOW] -> a call of the model for each."""
+    return [{"input_ids": row.unsqueeze(0), "use_cache": False} for row in ids]
+
+
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """Of every token but the first of each row of ids, int64 [windows, WINDOW]."""
+    import torch
+
+    total = 0.0
+    with torch.inference_mode():
+        for call in calls(ids):
+            logits = model(**call).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, call["input_ids"][0, 1:]).item()
+    return float(torch.tensor(total / len(ids), dtype=torch.float64).exp())
+
+
+def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.Module]]:
+    """The models, each made when it is asked for: there is memory for one beside the float model and the smooth ones."""
+    import tersor
+
+    seen = calls(calibration)
+    smooth: dict[Format, nn.Module] = {}
+
+    def smoothed(fmt: Format) -> nn.Module:
+        if fmt not in smooth:
+            smooth[fmt] = tersor.smooth_(copy.deepcopy(fp32), seen, format=fmt)
+        return copy.deepcopy(smooth[fmt])
+
+    def static(model: nn.Module, config: Any) -> nn.Module:
+        return tersor.quantize_(model, tersor.calibrate(model, config, seen, observer="minmax"))
+
+    def simulated() -> nn.Module:
+        from minilm_model import simulate_int8_
+
+        model = copy.deepcopy(fp32)
+        head, model.lm_head = model.lm_head, None
+        simulate_int8_(model).lm_head = head
+        return model
+
+    mixed = {"_default": tersor.Int8Static(), "re:.*(down|o)_proj": tersor.Int8Dynamic()}
+    return {
+        FLOAT: lambda: fp32,
+        SIMULATION: simulated,
+        DYNAMIC: lambda: tersor.quantize_(copy.deepcopy(fp32), tersor.Int8Dynamic()),
+        SMOOTH: lambda: tersor.quantize_(smoothed(tersor.Int8Dynamic()), tersor.Int8Dynamic()),
+        STATIC: lambda: static(copy.deepcopy(fp32), tersor.Int8Static()),
+        STATIC_SMOOTH: lambda: static(smoothed(tersor.Int8Static()), tersor.Int8Static()),
+        MIXED_SMOOTH: lambda: static(smoothed(tersor.Int8Dynamic()), mixed),
+    }
+
+
+def run(windows: int = WINDOWS, names: Iterable[str] = NAMES, on_row: Callable[[str], None] | None = None) -> dict[str, Row]:
+    """Rows by name. Raises MissingData or ImportError where the model or the books are absent."""
+    from smollm_model import load_chapter, load_model
+
+    from tersor.comparison import model_bytes
+
+    fp32, tokenizer = load_model()
+    ids = load_chapter(tokenizer, windows * WINDOW).view(windows, WINDOW)
+    calibration = load_chapter(tokenizer, windows * WINDOW, CALIBRATION_BOOK).view(windows, WINDOW)
+    rows = {}
+    makers = variants(fp32, calibration)
+    for name in names:
+        if on_row:
+            on_row(name)
+        model = makers[name]()
+        rows[name] = Row(perplexity(model, ids), model_bytes(model))
+    return rows
+
+
+def added(rows: dict[str, Row], name: str) -> float:
+    """Perplexity over that of the float model, less 1."""
+    return rows[name].perplexity / rows[FLOAT].perplexity - 1
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--short", is_flag=True, help="One window and the main rows: shows that it runs, not the figures.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of torch.")
+def main(short: bool, threads: int) -> None:
+    """Perplexity of SmolLM2-135M in each way of int8. Ten minutes or so."""
+    cap_peers()
+    import torch
+    from minilm_model import MissingData
+
+    windows, names = (1, (FLOAT, DYNAMIC, SMOOTH)) if short else (WINDOWS, NAMES)
+    try:
+        with torch_threads(threads), Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=len(names))
+            rows = run(windows, names, lambda name: progress.update(task, description=name, advance=1))
+    except (ImportError, MissingData) as error:
+        raise click.ClickException(str(error)) from None
+    table = Table(
+        title=f"SmolLM2-135M (weights from Q4_1), {windows} x {WINDOW} tokens of Pride and Prejudice, {machine_name()}, "
+        f"torch {torch.__version__}",
+        caption=f"calibrated on {windows} x {WINDOW} tokens of {CALIBRATION_BOOK}; lm_head stays float",
+    )
+    for column in ("", "perplexity", "against float", "MB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in rows.items():
+        table.add_row(name, f"{row.perplexity:.3f}", f"{added(rows, name):+.2%}", f"{row.bytes / 1e6:.0f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -277,6 +277,19 @@ Quantized linear_glu_s8_quantize(Tensor q, Tensor scale, Tensor row_sum, Tensor 
                        std::nullopt);
 }
 
+Quantized linear_dynamic_quantize(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue,
+                                  int64_t bits) {
+  return quantize_rows(float_linear("linear_dynamic_quantize", x, {weight_packed, weight_scale, bias, epilogue, bits}),
+                       std::nullopt);
+}
+
+Quantized linear_s8_quantize(Tensor q, Tensor scale, Tensor row_sum, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias,
+                             std::string epilogue, ScalarType out_dtype, int64_t bits) {
+  return quantize_rows(
+      s8_linear("linear_s8_quantize", q, scale, row_sum, {weight_packed, weight_scale, bias, epilogue, bits}, out_dtype),
+      std::nullopt);
+}
+
 Tensor linear_sparse_pairs(Tensor x, Tensor weight_packed, Tensor weight_scale, OptionalTensor bias, std::string epilogue) {
   constexpr const char* kName = "linear_sparse_pairs";
   CudaCall call(kName, x);
@@ -345,6 +358,8 @@ STABLE_TORCH_LIBRARY_IMPL(tersor, CUDA, m) {
   m.impl("linear_glu_s8", TORCH_BOX(&linear_glu_s8));
   m.impl("linear_glu_quantize", TORCH_BOX(&linear_glu_quantize));
   m.impl("linear_glu_s8_quantize", TORCH_BOX(&linear_glu_s8_quantize));
+  m.impl("linear_dynamic_quantize", TORCH_BOX(&linear_dynamic_quantize));
+  m.impl("linear_s8_quantize", TORCH_BOX(&linear_s8_quantize));
   m.impl("linear_sparse_pairs", TORCH_BOX(&linear_sparse_pairs));
   m.impl("norm_quantize", TORCH_BOX(&norm_quantize));
 }

@@ -84,7 +84,7 @@ class Op:
         library.define(f"{self.name}.out{self.schema[: self.schema.rindex(')', 0, self.schema.index('->'))]}, *, {given}) -> ()")
 
         def write(*args: Any, **outs: Tensor) -> None:
-            made = self.reference(*args)
+            made = self.raw(*args)  # a kernel where the device has one
             for out, value in zip(outs.values(), (made,) if isinstance(made, Tensor) else made, strict=True):
                 out.copy_(value)
 

@@ -1,4 +1,4 @@
-"""Runs the parts of the test suite one after the other and prints the seconds each took.
+"""Runs the parts of the test suite, two at a time, and prints the seconds each took.
 
 python tests/run.py            what every change must pass (make test)
 python tests/run.py --full     also each instruction set in full, slow cases and long fuzzing (make test-full)
@@ -12,8 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,31 +267,55 @@ PARTS: dict[str, Callable[[bool], None]] = {
 }
 
 
+# What runs beside what, once the package is installed: compilers and kernel tests on one core, Python on the other.
+LANES = (
+    ("cpp", "cuda", "sanitizers", "arm", "fuzz", "amx", "older_cpus"),
+    ("suite", "other_variants", "no_native", "xla", "examples"),
+)
+
+
+def run_part(name: str, full: bool) -> int:
+    """0 where the part passes."""
+    try:
+        PARTS[name](full)
+    except subprocess.CalledProcessError as error:
+        print(f"==== {name} FAILED with exit code {error.returncode}", flush=True)
+        return 1
+    return 0
+
+
+def run_lane(names: Sequence[str], full: bool, seconds: dict[str, float], failed: list[str]) -> None:
+    """Parts one after the other, each in a process of its own whose output comes in one piece."""
+    for name in names:
+        start = time.monotonic()
+        code = f"import sys, run; sys.exit(run.run_part({name!r}, {full}))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        seconds[name] = time.monotonic() - start
+        if done.returncode:
+            failed.append(name)
+        print(f"==== {name}\n{done.stdout.decode(errors='replace')}", end="", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the heavy parts too")
     parser.add_argument("--only", choices=PARTS, help="run one part")
     options = parser.parse_args()
     BUILD.mkdir(exist_ok=True)
+    start = time.monotonic()
     seconds: dict[str, float] = {}
-    failed = []
-    for name, part in PARTS.items():
-        if options.only not in (None, name):
-            continue
-        print(f"==== {name}", flush=True)
-        start = time.monotonic()
-        try:
-            part(options.full)
-        except subprocess.CalledProcessError as error:
-            failed.append(name)
-            print(f"==== {name} FAILED with exit code {error.returncode}", flush=True)
-            if name == "install":
-                break
-        seconds[name] = time.monotonic() - start
-    print("==== seconds per part")
-    for name, taken in seconds.items():
-        print(f"{taken:8.1f}  {name}{'  FAILED' if name in failed else ''}")
-    print(f"{sum(seconds.values()):8.1f}  in all", flush=True)
+    failed: list[str] = []
+    run_lane([options.only] if options.only else ["install", "lint"], options.full, seconds, failed)
+    if not options.only and "install" not in failed:
+        lanes = [threading.Thread(target=run_lane, args=(names, options.full, seconds, failed)) for names in LANES]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+    print("==== seconds per part, two at a time")
+    for name in [name for name in PARTS if name in seconds]:
+        print(f"{seconds[name]:8.1f}  {name}{'  FAILED' if name in failed else ''}")
+    print(f"{time.monotonic() - start:8.1f}  in all", flush=True)
     print(f"parts: {len(seconds) - len(failed)} passed, {len(failed)} failed", flush=True)
     return 1 if failed else 0
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,11 +267,8 @@ PARTS: dict[str, Callable[[bool], None]] = {
 }
 
 
-# What runs beside what, once the package is installed: compilers and kernel tests on one core, Python on the other.
-LANES = (
-    ("cpp", "cuda", "sanitizers", "arm", "fuzz", "amx", "older_cpus"),
-    ("suite", "other_variants", "no_native", "xla", "examples"),
-)
+# Once the package is installed two parts run beside each other; the longest begins, amx and older_cpus use what cpp has built.
+ORDER = ("suite", "cpp", "sanitizers", "cuda", "arm", "other_variants", "no_native", "fuzz", "xla", "amx", "older_cpus", "examples")
 
 
 def run_part(name: str, full: bool) -> int:
@@ -284,12 +281,15 @@ def run_part(name: str, full: bool) -> int:
     return 0
 
 
-def run_lane(names: Sequence[str], full: bool, seconds: dict[str, float], failed: list[str]) -> None:
-    """Parts one after the other, each in a process of its own whose output comes in one piece."""
+def run_parts(names: Iterator[str], full: bool, seconds: dict[str, float], failed: list[str]) -> None:
+    """Takes parts from `names`, which another thread may share, and runs each in a process of its own whose output comes in one piece."""
     for name in names:
         start = time.monotonic()
         code = f"import sys, run; sys.exit(run.run_part({name!r}, {full}))"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        env = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that spin would take the other part's core
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT / "tests", env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         seconds[name] = time.monotonic() - start
         if done.returncode:
             failed.append(name)
@@ -305,13 +305,14 @@ def main() -> int:
     start = time.monotonic()
     seconds: dict[str, float] = {}
     failed: list[str] = []
-    run_lane([options.only] if options.only else ["install", "lint"], options.full, seconds, failed)
+    run_parts(iter([options.only] if options.only else ["install", "lint"]), options.full, seconds, failed)
     if not options.only and "install" not in failed:
-        lanes = [threading.Thread(target=run_lane, args=(names, options.full, seconds, failed)) for names in LANES]
-        for lane in lanes:
-            lane.start()
-        for lane in lanes:
-            lane.join()
+        left = iter(ORDER)
+        workers = [threading.Thread(target=run_parts, args=(left, options.full, seconds, failed)) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     print("==== seconds per part, two at a time")
     for name in [name for name in PARTS if name in seconds]:
         print(f"{seconds[name]:8.1f}  {name}{'  FAILED' if name in failed else ''}")

@@ -42,7 +42,7 @@ def arguments(name: str, lead: tuple[int, ...]) -> tuple[list[Tensor], list]:
         return [x, torch.rand(lead) + 2], []
     if name == "linear_acc":
         return [q, row_sum], [tiles, N]
-    if name == "linear_s8":
+    if name in ("linear_s8", "linear_s8_quantize"):
         return [q, x_scale, row_sum], [tiles, scale, bias, "relu", torch.bfloat16]
     if name == "norm_quantize":
         return [x, torch.randn(*lead, K)], [torch.randn(K), None, 1e-5, "rms", True, True]

@@ -15,7 +15,6 @@ from .selection import Filter, Rules, Task, choose, some
 from .swap import Config
 
 # A typical row should reach this code at least: with fewer than 4 bits of magnitude its rounding error is above 3 % of its absmax.
-# Layers of MiniLM reach 40 and more, the down_proj of SmolLM2 that double its perplexity 0 to 12 (bench/smollm_accuracy.py).
 _FEW_CODES = 16
 # Of the sum of x**2 that a scale may lose. Rounding alone loses 0.01 %; where it is more, whole rows have saturated.
 _LOST = 0.05

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -38,23 +37,6 @@ SHRUNK = {width: f"shrunk to {width:g} of its width, untrained" for width in WID
 NAMES = (TEACHER, ALONE, HARD, SOFT, TERNARY, TERNARY_SOFT, *SHRUNK.values())
 
 
-def student() -> nn.Module:
-    from fashion_mnist_model import CLASSES, SIDE
-    from torch import nn
-
-    return nn.Sequential(
-        OrderedDict(
-            fc1=nn.Linear(SIDE * SIDE, HIDDEN),
-            norm1=nn.BatchNorm1d(HIDDEN),
-            relu1=nn.ReLU(),
-            fc2=nn.Linear(HIDDEN, HIDDEN),
-            norm2=nn.BatchNorm1d(HIDDEN),
-            relu2=nn.ReLU(),
-            fc3=nn.Linear(HIDDEN, CLASSES),
-        )
-    )
-
-
 def run_seed(data: Data, seed: int, steps: int, on_row: Callable[[str], None] = lambda _: None) -> dict[str, float]:
     """Test accuracy in percent, by name."""
     import torch
@@ -75,7 +57,7 @@ def run_seed(data: Data, seed: int, steps: int, on_row: Callable[[str], None] = 
     chosen = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(seed))[:LABELS]
     few = Split(data.train.images[chosen], data.train.labels[chosen])
     torch.manual_seed(seed + 100)
-    begin = student()
+    begin = mlp(HIDDEN)
     started(ALONE)
     alone = copy.deepcopy(begin)
     train(alone, few, steps, seed, FLOAT_DECAY)

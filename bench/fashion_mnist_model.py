@@ -56,17 +56,17 @@ def _idx(path: Path, magic: int, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=len(header)).reshape(shape)
 
 
-def mlp() -> nn.Module:
-    """784-1024-1024-10 with batch norms."""
+def mlp(hidden: int = HIDDEN) -> nn.Module:
+    """784-hidden-hidden-10 with batch norms."""
     return nn.Sequential(
         OrderedDict(
-            fc1=nn.Linear(SIDE * SIDE, HIDDEN),
-            norm1=nn.BatchNorm1d(HIDDEN),
+            fc1=nn.Linear(SIDE * SIDE, hidden),
+            norm1=nn.BatchNorm1d(hidden),
             relu1=nn.ReLU(),
-            fc2=nn.Linear(HIDDEN, HIDDEN),
-            norm2=nn.BatchNorm1d(HIDDEN),
+            fc2=nn.Linear(hidden, hidden),
+            norm2=nn.BatchNorm1d(hidden),
             relu2=nn.ReLU(),
-            fc3=nn.Linear(HIDDEN, CLASSES),
+            fc3=nn.Linear(hidden, CLASSES),
         )
     )
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import minilm_model
 import smollm_model
 import torch
+from accuracy_smollm import WINDOW, perplexity
 from torch import nn
 
 import tersor
@@ -206,14 +207,8 @@ def smollm_search(smoothed: bool, tokens: int = 1024, path: str | None = None) -
         model = tersor.smooth_(copy.deepcopy(model), {"input_ids": other_book, "use_cache": False})
     ids = smollm_model.load_chapter(tokenizer, tokens)
 
-    def metric(other: Any) -> float:
-        total = 0.0
-        for begin in range(0, tokens, 512):
-            window = ids[:, begin : begin + 512]
-            total += nn.functional.cross_entropy(
-                other(window, use_cache=False).logits[0, :-1], window[0, 1:], reduction="sum"
-            ).item()
-        return -math.exp(total / (tokens - tokens // 512))
+    def metric(other: nn.Module) -> float:
+        return -perplexity(other, ids.view(-1, WINDOW))
 
     with torch.no_grad():
         allowed = -metric(model) * 0.005

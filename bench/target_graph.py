@@ -52,7 +52,3 @@ def perplexity_gap() -> float:
 def peak_of_fp32(how: str) -> float:
     """Peak resident memory of a process during a fused MiniLM forward over that of eager fp32."""
     return models.memory(how)["peak"] / models.memory(models.FP32)["peak"]
-
-
-def peak_note() -> str:
-    return f"by tersor.fuse, which plans no memory, {peak_of_fp32(models.EXPORTED):.2f}"

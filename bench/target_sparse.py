@@ -48,9 +48,6 @@ def stored_share() -> float:
     return points()["unstructured", 0.9, 1, INT8].of_dense
 
 
-ASKED_OF_BLOCKS = 1.15
-
-
 @functools.cache
 def empty_layer_s() -> float:
     """Seconds of a layer of the same size at M = 1 that has nothing but zeros: call, quantisation, epilogue."""
@@ -71,16 +68,11 @@ def empty_over_density(sparsity: float) -> float:
     return 1 + empty_layer_s() / ((1 - sparsity) * points()["16x4", sparsity, 1, DENSE].timing.best)
 
 
-def block_bound(sparsity: float) -> float:
-    """What is asked; where the empty layer alone takes more than that leaves, its share."""
-    return max(ASKED_OF_BLOCKS, empty_over_density(sparsity))
-
-
 def block_note(sparsity: float) -> str:
     us = {name: points()["16x4", sparsity, 1, name].timing.best * 1e6 for name in (INT8, DENSE)}
     return (
-        f"{us[INT8]:.0f} us of {us[DENSE]:.0f}. Asked: {ASKED_OF_BLOCKS}; a layer of zeros alone takes "
-        f"{empty_layer_s() * 1e6:.1f} us, with which it would be {empty_over_density(sparsity):.2f}"
+        f"{us[INT8]:.0f} us of {us[DENSE]:.0f}; a layer of zeros alone takes {empty_layer_s() * 1e6:.1f} us, which with the share "
+        f"of what is not zero makes {empty_over_density(sparsity):.2f}"
     )
 
 

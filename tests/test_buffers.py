@@ -39,6 +39,14 @@ class Two(nn.Module):
         return self.tail(y, self.b(y.sin()))
 
 
+class AutocastWithin(Two):
+    """Enters and leaves autocast as it runs: in the graph those are calls between the others."""
+
+    def forward(self, x: Tensor) -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
 @torch.no_grad()
 def test_a_planned_graph_gives_the_same_bits_and_keeps_its_results():
     net, x = model(), torch.randn(2, 7, K)
@@ -173,6 +181,11 @@ def test_where_there_is_no_plan():
         want = net(x)
         assert_equal(compiled(net, disable=["residual"])(x), want)
     assert fusion.reports[-1].count("buffers") == 0
+    torch._dynamo.reset()
+    net = AutocastWithin().eval()
+    assert_equal(compiled(net, disable=["residual"])(x), net(x))
+    assert fusion.reports[-1].reasons("buffers") == ["autocast decides on dtypes as the graph runs"]
+    assert not torch.is_autocast_enabled("cpu")
     # A fused module is a graph to export: nothing in it writes.
     assert ".out" not in tersor.fuse(Two().eval(), x, reference=True).code
 

@@ -51,7 +51,8 @@ def test_info_says_what_serves_each_device():
     devices = tersor.info().devices
     assert devices["cpu"] == ("native kernels" if ops.NATIVE else "the references, as plain torch")
     for key in ("mps", "xpu", "hpu", "xla", "privateuse", "others"):
-        assert devices[key].startswith("the references, as plain torch")
+        assert devices[key] == "the references, as plain torch"
+    assert devices["cuda"].startswith("native kernels of" if ops.NATIVE_CUDA else "the references, as plain torch (")
     assert "s8 x s8 -> s32" in devices["jax"]
     assert devices["meta"] == "shapes only"
     for device, how in devices.items():

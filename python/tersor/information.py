@@ -86,7 +86,7 @@ def _devices() -> dict[str, str]:
     if ops.NATIVE_CUDA:
         found["cuda"] = f"native kernels of {', '.join(ops.CUDA_KERNELS)}, and of 2:4 weights; the others as plain torch"
     else:
-        found["cuda"] += " (this installation has no CUDA kernels: build with TERSOR_CUDA=ON)"
+        found["cuda"] = "the references, as plain torch (this installation has no CUDA kernels: build with TERSOR_CUDA=ON)"
     found["jax"] = "the references, as XLA graphs with s8 x s8 -> s32 dots (tersor.backends.xla)"
     found["meta"] = "shapes only"
     found["others"] = "the references, as plain torch"

@@ -24,7 +24,7 @@ class SparseInt8(Format):
     """Int8Dynamic of a pruned weight, equal to it bit for bit, with the zeros left out.
 
     What is stored follows from where the zeros are (ops/sparse_storage.py): the 16 x 4 tiles that hold anything (blocks), windows
-    of positions and values (unstructured, 70 % zeros and more), or a mask for each tile beside its non-zeros (in between). A weight
+    of positions and values (unstructured, 60 % zeros and more), or a mask for each tile beside its non-zeros (in between). A weight
     with two values in every four k (NM(2, 4)) is stored for sparse tensor cores while it is on a GPU; files never hold that.
     """
 

@@ -15,10 +15,10 @@ from ..bench.our_formats import arithmetic
 from ..bench.timing import interleaved, machine_name
 from ..calibration import Batch, batches, evaluating
 from ..choice import Rows, rows_of_calls
-from ..comparison import Distance, exchanged, model_bytes
+from ..comparison import exchanged, model_bytes
 from ..formats import Binary, BinaryXnor, Format, Int4, Int8Dynamic, Int8WeightOnly, Ternary
 from ..nn import QuantLinear
-from ..reporting.measure import Metric, run_all, score, tracking
+from ..reporting.measure import Metric, distance_between, run_all, score, tracking
 from ..selection import Rules, Task, choose
 from .hardware import HARDWARE, Hardware
 from .predict import Here, LayerTime, call_cost, can_predict, predict, weight_bytes
@@ -263,10 +263,7 @@ def _drop(model: nn.Module, layers: list[Called], fmt: Format | None, calls: lis
     changed = exchanged(model, swaps)
     if metric is not None:
         return score(model, metric, "advise") - score(changed, metric, "advise")
-    distance = Distance()
-    for args, kwargs in calls:
-        distance.add(model(*args, **kwargs), changed(*args, **kwargs))
-    return 1 - distance.cosine
+    return 1 - distance_between(model, changed, calls).cosine
 
 
 def _format_advice(

@@ -278,17 +278,18 @@ def fuse_glu_rows(edit: Editor) -> None:
 
 def fuse_layer_rows(edit: Editor) -> None:
     """A layer that one layer alone reads, but for an activation -> the int8 rows of its result, no float between."""
-    _fuse_rows(edit, "layer_rows", "linear_dynamic", "linear_s8")
+    _fuse_rows(edit, "layer_rows", "linear_dynamic", "linear_s8", seldom=True)
 
 
-def _fuse_rows(edit: Editor, pattern: str, *names: str) -> None:
+def _fuse_rows(edit: Editor, pattern: str, *names: str, seldom: bool = False) -> None:
+    """seldom: most of these nodes have other readers than an int8 layer, which is not worth a line of the report."""
     for node in list(edit.graph.nodes):
         args = ours(node, *names)
         if args is None or not node.users:
             continue  # without users: this very step has replaced it
         reader = next(iter(node.users))
-        if pattern == "layer_rows" and ours(reader, "linear_dynamic") is None:
-            continue  # most layers: nothing to report
+        if seldom and ours(reader, "linear_dynamic") is None:
+            continue
         name = f"{name_of(node)}_quantize"
         reason = edit.op_runs(ops.OPS[name])
         if not only_user(node) or ours(reader, "linear_dynamic") is None:

@@ -25,6 +25,7 @@ from ..ops import OPS
 from .editor import FOLDED, Editor
 
 ALIGNMENT = 64  # of each tensor in the arena: a cache line
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # what dynamo makes of a `with`
 WITH_OUT = {op.raw: op.out for op in OPS.values() if op.out is not None}
 _arenas = threading.local()
 
@@ -124,9 +125,9 @@ def _results(edit: Editor) -> list[tuple[fx.Node, list[Slot]]] | str:
     """Nodes to be planned with the slot of each result, or why there is no plan."""
     if edit.writes:
         return "the graph writes to a tensor"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast decides on dtypes as the graph runs"
     nodes = list(edit.graph.nodes)
+    if torch.is_autocast_enabled("cpu") or any(node.target in AUTOCAST for node in nodes):
+        return "autocast decides on dtypes as the graph runs"
     values = _values(edit, nodes)
     if values is None:
         return "there are sizes that may change, or values that are no plain tensors of the CPU"

@@ -74,7 +74,7 @@ def input_grad(
     scales = None if group_scale is None or in_features == 0 else group_scales(group_scale, n)
     for begin, end, rows in blocks_of_rows(weight_packed, n, in_features, _BLOCK_TILES, bits):
         relative = _relative(rows, None if scales is None else scales[begin:end])
-        out = out + _int_matmul.float_matmul(g[:, begin:end], relative.t())
+        out = _int_matmul.float_matmul(g[:, begin:end], relative.t(), out)
     return out.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 

@@ -39,9 +39,12 @@ def int_matmul(x_s8: Tensor, w_s8: Tensor) -> Tensor:
     return acc
 
 
-def float_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x [M, K] float times w [N, K] int8 or float32, transposed -> float32 [M, N]: float32 products and sums, autocast or not."""
+def float_matmul(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
+    """x [M, K] float times w [N, K] int8 or float32, transposed -> float32 [M, N]: float32 products and sums, autocast or not.
+    onto, float32 [M, N], is added."""
     if x.device.type in ON_DEVICE:
-        return ON_DEVICE[x.device.type].float_matmul(x, w)
+        product = ON_DEVICE[x.device.type].float_matmul(x, w)
+        return product if onto is None else onto + product
     with torch.autocast(x.device.type, enabled=False):
-        return torch.mm(x.float(), w.float().t())
+        rows, columns = x.float(), w.float().t()
+        return torch.mm(rows, columns) if onto is None else torch.addmm(onto, rows, columns)

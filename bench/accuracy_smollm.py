@@ -36,25 +36,10 @@ class Row(NamedTuple):
     bytes: int
 
 
-def calls(ids: Tensor) -> list[dict[str, Any]]:
-    """int64 [windows, WINDOW] -> a call of the model for each."""
-    return [{"input_ids": row.unsqueeze(0), "use_cache": False} for row in ids]
-
-
-def perplexity(model: nn.Module, ids: Tensor) -> float:
-    """Of every token but the first of each row of ids, int64 [windows, WINDOW]."""
-    import torch
-
-    total = 0.0
-    with torch.inference_mode():
-        for call in calls(ids):
-            logits = model(**call).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits, call["input_ids"][0, 1:]).item()
-    return float(torch.tensor(total / len(ids), dtype=torch.float64).exp())
-
-
 def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.Module]]:
     """The models, each made when it is asked for: there is memory for one beside the float model and the smooth ones."""
+    from smollm_model import calls
+
     import tersor
 
     seen = calls(calibration)
@@ -90,7 +75,7 @@ def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.
 
 def run(windows: int = WINDOWS, names: Iterable[str] = NAMES, on_row: Callable[[str], None] | None = None) -> dict[str, Row]:
     """Rows by name. Raises MissingData or ImportError where the model or the books are absent."""
-    from smollm_model import load_chapter, load_model
+    from smollm_model import load_chapter, load_model, perplexity
 
     from tersor.comparison import model_bytes
 

@@ -140,16 +140,10 @@ class LanguageModels:
 
     def perplexity(self, model: Any) -> float:
         """Over windows of CONTEXT tokens of the novel."""
-        import torch
+        from smollm_model import perplexity, windows
 
-        total, count = 0.0, 0
-        with torch_threads(1), torch.inference_mode():
-            for begin in range(0, self.ids.shape[1] - CONTEXT + 1, CONTEXT):
-                window = self.ids[:, begin : begin + CONTEXT]
-                logits = model(window, use_cache=False).logits[0, :-1]
-                total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-                count += CONTEXT - 1
-        return float(torch.tensor(total / count).exp())
+        with torch_threads(1):
+            return perplexity(model, windows(self.ids, CONTEXT))
 
 
 def of_limit(seconds: dict[str, Timing]) -> float:

@@ -31,7 +31,7 @@ def main(threads: int, rounds: int, tokens: int) -> None:
     cap = cap_peers()
     import torch
     from minilm_model import MissingData
-    from smollm_model import linear_free_, load_chapter, load_model
+    from smollm_model import linear_free_, load_chapter, load_model, perplexity, windows
     from torch import nn
 
     import tersor
@@ -56,15 +56,6 @@ def main(threads: int, rounds: int, tokens: int) -> None:
         model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache, use_cache=True)
         cache.crop(-1)
 
-    def perplexity(model: Any) -> float:
-        total, count = 0.0, 0
-        for begin in range(0, tokens - CONTEXT + 1, CONTEXT):
-            window = ids[:, begin : begin + CONTEXT]
-            logits = model(window, use_cache=False).logits[0, :-1]
-            total += nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-            count += CONTEXT - 1
-        return float(torch.tensor(total / count).exp())
-
     with torch_threads(threads), torch.inference_mode(), Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=2 * rounds + len(models))
         step = partial(progress.advance, task)
@@ -75,7 +66,7 @@ def main(threads: int, rounds: int, tokens: int) -> None:
         )
         scores = {}
         for name, model in models.items():
-            scores[name] = None if name == "without linear layers" else perplexity(model)
+            scores[name] = None if name == "without linear layers" else perplexity(model, windows(ids, CONTEXT))
             step()
 
     table = Table(title=f"SmolLM2-135M, {machine_name()}, {threads} thread(s), torch {torch.__version__}; {cap}")

@@ -66,6 +66,25 @@ def _book(database: bytes, title: str) -> list[str]:
     raise MissingData(f"Rdata.rdb holds no {title}; run: make data")
 
 
+def windows(ids: Tensor, length: int) -> Tensor:
+    """int64 [1, tokens] -> int64 [tokens // length, length]; what is left over at the end is cut off."""
+    return ids[0, : ids.shape[1] // length * length].reshape(-1, length)
+
+
+def calls(ids: Tensor) -> list[dict[str, object]]:
+    """int64 [windows, length] -> a call of the model for each."""
+    return [{"input_ids": row.unsqueeze(0), "use_cache": False} for row in ids]
+
+
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """Of every token but the first of each row of ids, int64 [windows, length]."""
+    total = 0.0
+    with torch.inference_mode():
+        for row, call in zip(ids, calls(ids), strict=True):
+            total += nn.functional.cross_entropy(model(**call).logits[0, :-1], row[1:]).item()
+    return float(torch.tensor(total / len(ids), dtype=torch.float64).exp())
+
+
 def linear_free_(model: nn.Module) -> nn.Module:
     """Every nn.Linear replaced by a tensor of its output's shape, made once: what the rest of the model costs (the floor)."""
 

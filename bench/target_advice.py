@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import minilm_model
 import smollm_model
 import torch
-from accuracy_smollm import WINDOW, perplexity
+from accuracy_smollm import WINDOW
 from torch import nn
 
 import tersor
@@ -208,7 +208,7 @@ def smollm_search(smoothed: bool, tokens: int = 1024, path: str | None = None) -
     ids = smollm_model.load_chapter(tokenizer, tokens)
 
     def metric(other: nn.Module) -> float:
-        return -perplexity(other, ids.view(-1, WINDOW))
+        return -smollm_model.perplexity(other, ids.view(-1, WINDOW))
 
     with torch.no_grad():
         allowed = -metric(model) * 0.005

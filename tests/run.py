@@ -74,7 +74,7 @@ def cuda(full: bool) -> None:
     """The CUDA kernels without a GPU: run by an emulator, and compiled by nvcc where there is one."""
     folder = BUILD / "cpp"
     build_cpp(folder)
-    run(folder / "cuda_emulator_tests", "--only", "cuda_")
+    run(folder / "cuda_emulator_tests", "--only", "cuda_", *(["--every"] if full else []))
     if shutil.which("nvcc") is None:
         print("skipped: no nvcc in PATH, so the kernels are not compiled for GPUs", flush=True)
         return

@@ -176,6 +176,25 @@ def test_gated_units(env, name: str, bits: int, activation: str, dtype: torch.dt
 
 
 @JIT
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize(("bits", "epilogue"), [(8, "none"), (8, "gelu"), (4, "gelu_tanh"), (2, "silu"), (1, "relu")])
+@pytest.mark.parametrize("name", ["linear_dynamic_quantize", "linear_s8_quantize"])
+def test_layers_that_hand_on_rows(env, name: str, bits: int, epilogue: str, bias: bool, dtype: torch.dtype, jit: bool):
+    given = linear_args("linear_s8" if "s8" in name else "linear_dynamic", dtype, bits)
+    given |= {"epilogue": epilogue, "bits": bits, "out_dtype": dtype} | ({} if bias else {"bias": None})
+    args = positional(name, given)
+    want, (q, scale, row_sum) = ops.OPS[name].reference(*args), called(env, ops.OPS[name], args, jit)
+    off_by_one(q, want[0])
+    assert_equal(row_sum, q.sum(-1, dtype=torch.int32))
+    # The largest of a row is a layer's y: 4 roundings of two evaluations of what it sums up, the activation's own, its store.
+    rows = given["q"].float() * given["scale"].unsqueeze(-1) if "s8" in name else given["x"].float()
+    y = rows.double().abs() @ dense(given, K).t() * 1.02 + (given["bias"].double().abs() if bias else 0)
+    bound = (2 * 4 * 1.13 + 32) * EPS32 * y.amax(-1) / 127
+    assert_within(scale, want[1], bound + (2 * EPS[dtype] + 4 * EPS32) * want[1].double())
+
+
+@JIT
 @pytest.mark.parametrize("bits", [8, 4, 2, 1, "groups"])
 def test_input_grad(env, bits: int | str, jit: bool):
     grad = torch.randn(M, N)

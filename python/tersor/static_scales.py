@@ -14,9 +14,9 @@ from .observers import Magnitudes, Observer, as_observer
 from .selection import Filter, Rules, Task, choose, some
 from .swap import Config
 
-# A typical row should reach this code at least: with fewer than 4 bits of magnitude its rounding error is above 3 % of its absmax.
+# A typical row should reach this code at least: below it half a step, the largest rounding error, is above 1/32 of its absmax.
 _FEW_CODES = 16
-# Of the sum of x**2 that a scale may lose. Rounding alone loses 0.01 %; where it is more, whole rows have saturated.
+# Of the sum of x**2 that a scale may lose. Rounding alone loses 0.01 % (a normal row of absmax 4 sigma: (4 / 127)**2 / 12).
 _LOST = 0.05
 
 

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -25,8 +26,17 @@ struct Options {
   uint64_t seed = 1;
   int64_t fuzz = 200;
   const char* only = "";
+  bool every = false;
 };
 extern Options options;
+
+// The indices of `count` choices that a case runs with: the one whose turn it is, or with --every all of them.
+inline std::vector<int64_t> choices(int64_t turn, int64_t count) {
+  if (!options.every) return {turn % count};
+  std::vector<int64_t> all(static_cast<size_t>(count));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
 
 // What the next checks are about; printed when one fails and when the process dies. A test that draws its own seed passes it to
 // set_seed.

@@ -204,23 +204,30 @@ static int run_all() {
 
 int main(int argc, char** argv) {
   auto& options = tersor::test::options;
-  for (int i = 1; i < argc; i += 2) {
+  for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     char* end = nullptr;
-    if (i + 1 < argc && name == "--seed") {
-      options.seed = std::strtoull(argv[i + 1], &end, 10);
-    } else if (i + 1 < argc && name == "--fuzz") {
-      options.fuzz = std::strtoll(argv[i + 1], &end, 10);
-    } else if (i + 1 < argc && name == "--only") {
-      options.only = argv[i + 1];
+    if (name == "--every") {
+      options.every = true;
+      continue;
+    }
+    const char* value = i + 1 < argc ? argv[i + 1] : "";
+    if (*value && name == "--seed") {
+      options.seed = std::strtoull(value, &end, 10);
+    } else if (*value && name == "--fuzz") {
+      options.fuzz = std::strtoll(value, &end, 10);
+    } else if (*value && name == "--only") {
+      options.only = value;
     } else {
       end = argv[i];
     }
-    if (end && (*end || end == argv[i + 1])) {
-      std::fprintf(stderr, "kernel_tests: cannot read '%s'; usage: kernel_tests [--seed S] [--fuzz COUNT] [--only SUBSTRING]\n",
+    if (end && (*end || end == value)) {
+      std::fprintf(stderr,
+                   "kernel_tests: cannot read '%s'; usage: kernel_tests [--seed S] [--fuzz COUNT] [--only SUBSTRING] [--every]\n",
                    argv[i]);
       return 2;
     }
+    ++i;
   }
   return tersor::test::run_all();
 }

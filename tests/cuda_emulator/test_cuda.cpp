@@ -66,10 +66,12 @@ TERSOR_TEST(cuda_codes_every_shape) {
         const int64_t N = std::initializer_list<int64_t>{1, 16, 37, 130}.begin()[ll_index % 4];
         Emulated e(M, N, K, bits, random);
         for (const cuda::Plan& plan : plans_for(M, N, ceil_div(K, 64))) {
-          machine.schedule = kSchedules[ll_index % 5];
           const Dtype dtype = kOutputs[ll_index % 4];
           const auto activation = kActivations[ll_index / 4 % 5];
-          check_codes(e, plan, dtype, activation, ll_index % 3 != 0, false);
+          for (int64_t s : choices(ll_index, 5)) {
+            machine.schedule = kSchedules[s];
+            check_codes(e, plan, dtype, activation, ll_index % 3 != 0, false);
+          }
           ++ll_index;
         }
       }

@@ -50,16 +50,22 @@ TERSOR_TEST(cuda_every_epilogue) {
   int64_t i = 0;
   for (int64_t M : kRowCounts) {
     for (int bits : kWidths) {
-      Emulated e(M, sizes[i % 4][0], sizes[i % 4][1], bits, random);
-      const cuda::Plan plan = cuda::plan({90, 2}, M, e.w.N, e.w.K, static_cast<Width>(bits), false, false);
-      for (Dtype dtype : {Dtype::s32, Dtype::f32, Dtype::bf16, Dtype::f16}) {
-        for (Activation a : kActivations) {
-          if (dtype == Dtype::s32 && a != Activation::none) continue;
-          machine.schedule = kSchedules[i++ % 5];
-          set_case("w%d %s M=%lld N=%lld K=%lld %s %s schedule %s", bits, kernel_name(plan.kernel), ll(M), ll(e.w.N), ll(e.w.K),
-                   dtype_name(dtype), activation_name(a), machine.schedule.name);
-          const bool bias = dtype != Dtype::s32 && i % 3 != 0;
-          check_layer(e, e.call(nullptr, e.w.N + i % 3, dtype, a, bias, false), plan, e.w.args(a, bias));
+      for (int64_t size : choices(i, 4)) {
+        Emulated e(M, sizes[size][0], sizes[size][1], bits, random);
+        const cuda::Plan plan = cuda::plan({90, 2}, M, e.w.N, e.w.K, static_cast<Width>(bits), false, false);
+        for (Dtype dtype : {Dtype::s32, Dtype::f32, Dtype::bf16, Dtype::f16}) {
+          for (Activation a : kActivations) {
+            if (dtype == Dtype::s32 && a != Activation::none) continue;
+            for (int64_t s : choices(i++, 5)) {
+              machine.schedule = kSchedules[s];
+              set_case("w%d %s M=%lld N=%lld K=%lld %s %s schedule %s", bits, kernel_name(plan.kernel), ll(M), ll(e.w.N), ll(e.w.K),
+                       dtype_name(dtype), activation_name(a), machine.schedule.name);
+              for (int64_t without : choices(i, 3)) {
+                const bool bias = dtype != Dtype::s32 && without != 0;
+                check_layer(e, e.call(nullptr, e.w.N + without, dtype, a, bias, false), plan, e.w.args(a, bias));
+              }
+            }
+          }
         }
       }
     }
@@ -72,15 +78,23 @@ TERSOR_TEST(cuda_residual) {
   for (int64_t M : kRowCounts) {
     for (Dtype dtype : kFloatDtypes) {
       const int64_t N = i % 2 ? 33 : 48;
-      Emulated e(M, N, 97, kWidths[i % 4], random);
       const FloatRows residual(M, N, dtype, N + i % 3, 1, [&](int64_t, int64_t) { return 5 * random.normal(); });
-      machine.schedule = kSchedules[i++ % 5];
-      const Activation a = kActivations[i % 5];
-      set_case("residual w%d M=%lld N=%lld %s %s", e.w.bits, ll(M), ll(N), dtype_name(dtype), activation_name(a));
-      cuda::LinearCall c = e.call(nullptr, N, dtype, a, true, false);
-      c.residual = residual.origin;
-      c.ld_residual = residual.stride_m;
-      check_layer(e, c, cuda::plan({80, 2}, M, N, 97, c.width, false, false), e.w.args(a, true));
+      for (int64_t width : choices(i, 4)) {
+        Emulated e(M, N, 97, kWidths[width], random);
+        for (int64_t s : choices(i, 5)) {
+          machine.schedule = kSchedules[s];
+          for (int64_t epilogue : choices(i + 1, 5)) {
+            const Activation a = kActivations[epilogue];
+            set_case("residual w%d M=%lld N=%lld %s %s schedule %s", e.w.bits, ll(M), ll(N), dtype_name(dtype), activation_name(a),
+                     machine.schedule.name);
+            cuda::LinearCall c = e.call(nullptr, N, dtype, a, true, false);
+            c.residual = residual.origin;
+            c.ld_residual = residual.stride_m;
+            check_layer(e, c, cuda::plan({80, 2}, M, N, 97, c.width, false, false), e.w.args(a, true));
+          }
+        }
+      }
+      ++i;
     }
   }
 }
@@ -100,12 +114,14 @@ TERSOR_TEST(cuda_glu) {
       for (const cuda::Plan& plan : plans) {
         const Dtype dtype = kFloatDtypes[i % 3];
         const Activation a = kActivations[i % 5];
-        machine.schedule = kSchedules[i++ % 5];
-        set_case("glu w%d %s splits=%lld M=%lld N=%lld %s %s schedule %s", bits, kernel_name(plan.kernel), ll(plan.splits), ll(M),
-                 ll(N), dtype_name(dtype), activation_name(a), machine.schedule.name);
-        cuda::LinearCall c = e.call(nullptr, N / 2 + i % 2 * 3, dtype, a, i % 2 == 0, false);
-        c.glu = true;
-        check_layer(e, c, plan, e.w.args(a, i % 2 == 0));
+        for (int64_t s : choices(i++, 5)) {
+          machine.schedule = kSchedules[s];
+          set_case("glu w%d %s splits=%lld M=%lld N=%lld %s %s schedule %s", bits, kernel_name(plan.kernel), ll(plan.splits), ll(M),
+                   ll(N), dtype_name(dtype), activation_name(a), machine.schedule.name);
+          cuda::LinearCall c = e.call(nullptr, N / 2 + i % 2 * 3, dtype, a, i % 2 == 0, false);
+          c.glu = true;
+          check_layer(e, c, plan, e.w.args(a, i % 2 == 0));
+        }
       }
     }
   }
@@ -181,12 +197,13 @@ TERSOR_TEST(cuda_sparse_24) {
     for (int64_t K : {1, 63, 64, 130, 321}) {
       const int64_t N = std::initializer_list<int64_t>{1, 16, 37, 130}.begin()[i % 4];
       for (Kernel kernel : {Kernel::small, Kernel::medium}) {
-        machine.schedule = kSchedules[i % 5];
         const Dtype dtype = outputs[i % 4];
         const Activation a = dtype == Dtype::s32 ? Activation::none : kActivations[i % 5];
-        check_24(M, N, K, {kernel, 1, 0}, dtype, a, random);
-        if (K > 300) check_24(M, N, K, {kernel, 3, 3 * M * N * 4}, dtype, a, random);
-        ++i;
+        for (int64_t s : choices(i++, 5)) {
+          machine.schedule = kSchedules[s];
+          check_24(M, N, K, {kernel, 1, 0}, dtype, a, random);
+          if (K > 300) check_24(M, N, K, {kernel, 3, 3 * M * N * 4}, dtype, a, random);
+        }
       }
     }
   }
@@ -248,8 +265,10 @@ TERSOR_TEST(cuda_norm_quantize) {
   for (int64_t K : {1, 2, 33, 64, 65, 200, 769}) {
     for (Dtype dtype : kFloatDtypes) {
       for (int64_t kind = 0; kind < 4; ++kind) {
-        machine.schedule = kSchedules[i++ % 5];
-        check_norm(5, K, dtype, kind % 2, kind / 2, 0.5f, random);
+        for (int64_t s : choices(i++, 5)) {
+          machine.schedule = kSchedules[s];
+          check_norm(5, K, dtype, kind % 2, kind / 2, 0.5f, random);
+        }
       }
     }
   }

@@ -65,9 +65,11 @@ TERSOR_TEST(cuda_quantize_rows) {
   for (int64_t K : {1, 3, 4, 31, 33, 128, 130, 1000, 1300}) {
     for (int64_t M : {1, 5}) {
       for (const Layout& layout : layouts(M, K)) {
-        machine.schedule = kSchedules[i % 5];
         const FloatRows x = random_rows(M, K, kFloatDtypes[i % 3], layout, random);
-        check_quantize(x, nullptr, nullptr, i % 2 ? K : round_up(K, 16), i % 4 < 2);
+        for (int64_t s : choices(i, 5)) {
+          machine.schedule = kSchedules[s];
+          check_quantize(x, nullptr, nullptr, i % 2 ? K : round_up(K, 16), i % 4 < 2);
+        }
         ++i;
       }
     }
@@ -187,11 +189,13 @@ TERSOR_TEST(cuda_signs) {
       const int64_t N = std::initializer_list<int64_t>{1, 37, 140}.begin()[i % 3];
       const Kernel kernel = M <= 3 ? (i % 2 ? Kernel::gemv1 : Kernel::gemv4)
                                    : std::initializer_list<Kernel>{Kernel::small, Kernel::medium, Kernel::large}.begin()[i % 3];
-      machine.schedule = kSchedules[i % 5];
       const std::vector<Layout> all = layouts(M, K);
       const Layout& layout = all[static_cast<size_t>(i) % all.size()];
-      check_signs(M, N, K, kFloatDtypes[i % 3], layout, {kernel, 1, 0}, random);
-      if (K > 1024) check_signs(M, N, K, kFloatDtypes[i % 3], layout, {Kernel::small, 2, 2 * M * N * 4}, random);
+      for (int64_t s : choices(i, 5)) {
+        machine.schedule = kSchedules[s];
+        check_signs(M, N, K, kFloatDtypes[i % 3], layout, {kernel, 1, 0}, random);
+        if (K > 1024) check_signs(M, N, K, kFloatDtypes[i % 3], layout, {Kernel::small, 2, 2 * M * N * 4}, random);
+      }
       ++i;
     }
   }
@@ -264,10 +268,13 @@ TERSOR_TEST(cuda_group_scales) {
   for (int64_t size : {32, 64, 96, 128}) {
     for (int64_t groups : {1, 3, 5}) {
       for (int64_t M : {1, 2, 3, 16, 17, 70}) {
-        machine.schedule = kSchedules[i % 5];
+        const std::vector<int64_t> schedules = choices(i, 5);
         const int64_t N = std::initializer_list<int64_t>{1, 37, 130}.begin()[i++ % 3];
         const Kernel few = M == 1 ? Kernel::gemv1 : M == 2 ? Kernel::gemv2 : Kernel::gemv4;
-        check_groups(M, N, groups, size, {M <= 3 ? few : i % 2 ? Kernel::small : Kernel::medium, 1, 0}, random);
+        for (int64_t s : schedules) {
+          machine.schedule = kSchedules[s];
+          check_groups(M, N, groups, size, {M <= 3 ? few : i % 2 ? Kernel::small : Kernel::medium, 1, 0}, random);
+        }
       }
     }
   }

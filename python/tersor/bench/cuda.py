@@ -21,7 +21,7 @@ from ..nn import QuantLinear
 from .layers import KERNEL, OURS, kernel_only, stored_bytes
 from .our_formats import arithmetic
 from .peers import Missing, relative_error
-from .timing import Timing, _timing
+from .timing import Timing, timing_of
 
 Call = Callable[[], object]
 
@@ -117,7 +117,7 @@ class Clock:
                 hot[name].append(self.seconds(f, calls[name]))
                 self.flush()
                 cold[name].append(self.seconds(f, 1))
-        return {name: (_timing(hot[name]), _timing(cold[name])) for name in contenders}
+        return {name: (timing_of(hot[name]), timing_of(cold[name])) for name in contenders}
 
 
 @dataclass(frozen=True)

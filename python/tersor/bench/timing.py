@@ -140,7 +140,7 @@ def interleaved(
             samples[name].append(wall / n)
         if on_round:
             on_round()
-    timings = {name: _timing(s) for name, s in samples.items()}
+    timings = {name: timing_of(s) for name, s in samples.items()}
     if noise is not None:
         noise.spreads += [t.median / t.best - 1 for t in timings.values()]
     return timings
@@ -168,10 +168,10 @@ def hot_and_cold(
             for _ in range(calls - 1):
                 f()
             hot[name].append((time.perf_counter() - start) / (calls - 1))
-    return {name: (_timing(hot[name]), _timing(cold[name])) for name in contenders}
+    return {name: (timing_of(hot[name]), timing_of(cold[name])) for name in contenders}
 
 
-def _timing(samples: list[float]) -> Timing:
+def timing_of(samples: list[float]) -> Timing:
     return Timing(min(samples), sorted(samples)[len(samples) // 2])
 
 

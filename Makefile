@@ -23,6 +23,8 @@ demo-sparse: install build/data/.dataset-fashion-mnist  ## prune it gradually, i
 demo-accuracy: install peers data  ## what each format costs a sentence encoder, a language model and small students
 	$(BIN)/python bench/accuracy_minilm.py
 	$(BIN)/python bench/accuracy_smollm.py
+	$(BIN)/python bench/vision.py mlp
+	$(BIN)/python bench/vision.py vit
 	$(BIN)/python bench/distill_fashion_mnist.py
 	$(BIN)/python bench/distill_minilm.py
 	$(BIN)/python bench/tabular.py

@@ -71,6 +71,36 @@ def mlp(hidden: int = HIDDEN) -> nn.Module:
     )
 
 
+class VisionTransformer(nn.Module):
+    """transformers' ViT on flat images, f32 [M, 784] -> log-odds, f32 [M, CLASSES]."""
+
+    def __init__(self, blocks: int, width: int, patch: int) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        config = ViTConfig(
+            image_size=SIDE,
+            patch_size=patch,
+            num_channels=1,
+            num_labels=CLASSES,
+            hidden_size=width,
+            num_hidden_layers=blocks,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.vit = ViTForImageClassification(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vit(x.view(-1, 1, SIDE, SIDE)).logits
+
+
+def vit() -> nn.Module:
+    """6 blocks of width 192 on 16 patches of 7 x 7: 2.7 M parameters."""
+    return VisionTransformer(6, 192, 7)
+
+
 def train(model: nn.Module, data: Split, steps: int, seed: int, decay: float, on_step: Callable[[], None] | None = None) -> None:
     """`steps` batches of BATCH, half the images mirrored; the same ones for every model with the same seed."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,22 +9,20 @@ test. Figure: area under the ROC curve, in percent; 50 is chance.
 
 from __future__ import annotations
 
-import copy
 import csv
 import datetime
 import io
 import math
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from every_format import FLOAT, NAMES, Example, models, table
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from tersor.bench.timing import cap_peers, interleaved, machine_name, torch_threads
+from tersor.bench.timing import cap_peers, torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,8 +33,7 @@ CATEGORIES = ("carrier", "origin", "dest", "month", "weekday", "hour")
 WEATHER = ("temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib")
 WIDTH, EMBEDDING = 256, 16
 BATCH, STEPS, RATE = 512, 1200, 2e-3
-FLOAT, BOOSTED = "float32", "boosted trees (LightGBM)"
-NAMES = ("Int8Dynamic", "Int8Static", "Int4, GPTQ", "Ternary, trained", "SparseInt8, 80 % pruned", "shrunk to half, distilled")
+BOOSTED = "boosted trees (LightGBM)"
 
 
 class Rows(NamedTuple):
@@ -187,54 +184,26 @@ def boosted(data: Flights) -> float | None:
     return area(torch.from_numpy(model.predict(columns[1])), data.test.late)
 
 
-def run(data: Flights, steps: int, on_row: Callable[[str], None] = lambda _: None) -> tuple[dict[str, float], dict[str, nn.Module]]:
-    """(figures by name, the models)."""
+def prepare(data: Flights, steps: int) -> Example:
+    """The network, trained."""
     import torch
 
     import tersor
-    from tersor import train as qat
 
     torch.manual_seed(0)
-    on_row(FLOAT)
     base = network(data.sizes)
     train(base, data.train, steps)
-    seen = [inputs for inputs, _ in Batches(data.train, 16, seed=1)]
     last = next(reversed([name for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)]))
-    int8 = tersor.Int8Dynamic()
 
-    def ternary() -> nn.Module:
-        model = qat.qat_(copy.deepcopy(base), {"_default": tersor.Ternary(), "layers.0": int8, last: int8})
-        train(model, data.train, steps // 2)
-        return qat.convert_(model)
+    def distill(student: nn.Module, count: int) -> nn.Module:
+        batches = [inputs for inputs, _ in Batches(data.train, count, seed=2)]
+        return tersor.distill(student, base, batches, steps=count, loss=bernoulli_kl)
 
-    def pruned() -> nn.Module:
-        model = copy.deepcopy(base)
-        schedule = tersor.CubicSchedule(end=steps // 4, every=max(1, steps // 40))
-        pruner = tersor.prune_(model, {"_default": tersor.Unstructured(0.8), last: None}, schedule=schedule)
-        train(model, data.train, steps // 2, pruner.step)
-        return tersor.quantize_(tersor.finalize_(model), {"_default": tersor.SparseInt8(), last: int8})
+    def further(model: nn.Module, count: int, callback: Callable[[], Any]) -> None:
+        train(model, data.train, count, callback)
 
-    def student() -> nn.Module:
-        model = tersor.shrink(base, width=0.5, inputs=seen)
-        batches = [inputs for inputs, _ in Batches(data.train, steps // 2, seed=2)]
-        return tersor.quantize_(tersor.distill(model, base, batches, steps=steps // 2, loss=bernoulli_kl).eval(), int8)
-
-    makers: dict[str, Callable[[], nn.Module]] = {
-        NAMES[0]: lambda: tersor.quantize_(copy.deepcopy(base), int8),
-        NAMES[1]: lambda: tersor.quantize_(copy.deepcopy(base), tersor.calibrate(base, tersor.Int8Static(), seen)),
-        NAMES[2]: lambda: tersor.gptq_(copy.deepcopy(base), {"_default": tersor.Int4(), last: int8}, seen),
-        NAMES[3]: ternary,
-        NAMES[4]: pruned,
-        NAMES[5]: student,
-    }
-    models: dict[str, nn.Module] = {FLOAT: base}
-    for name, make in makers.items():
-        on_row(name)
-        models[name] = make()
-    figures = {name: evaluate(model, data.test) for name, model in models.items()}
-    on_row(BOOSTED)
-    trees = boosted(data)
-    return figures if trees is None else {**figures, BOOSTED: trees}, models
+    seen = [inputs for inputs, _ in Batches(data.train, 16, seed=1)]
+    return Example(base, further, distill, {"width": 0.5}, seen, steps // 2, tersor.Int4(), ("layers.0", last))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -245,10 +214,7 @@ def run(data: Flights, steps: int, on_row: Callable[[str], None] = lambda _: Non
 def main(steps: int, short: bool, threads: int, rounds: int) -> None:
     """Late flights by an MLP in each format. A few minutes."""
     cap_peers()
-    import torch
     from minilm_model import MissingData
-
-    from tersor.comparison import model_bytes
 
     steps = 40 if short else steps
     try:
@@ -256,18 +222,21 @@ def main(steps: int, short: bool, threads: int, rounds: int) -> None:
     except MissingData as error:
         raise click.ClickException(str(error)) from None
     with torch_threads(threads), Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(NAMES) + 2)
-        figures, models = run(data, steps, lambda name: progress.update(bar, description=name, advance=1))
-        x = data.test.categories[:256], data.test.numbers[:256]
-        with torch.inference_mode():
-            times = interleaved({name: partial(model, *x) for name, model in models.items()}, rounds, 0.05)
-    table = Table(title=f"Late flights, {len(data.test.late)} of the test, {machine_name()}, torch {torch.__version__}")
-    for column in ("", "area under ROC %", "kB", "flights/s, batch 256"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, figure in figures.items():
-        cells = (f"{model_bytes(models[name]) / 1e3:.0f}", f"{256 / times[name].median:,.0f}") if name in models else ("-", "-")
-        table.add_row(name, f"{figure:.2f}", *cells)
-    Console(width=110).print(table)
+        bar = progress.add_task(FLOAT, total=len(NAMES) + 2)
+
+        def on_row(name: str) -> None:
+            progress.update(bar, description=name, advance=1)
+
+        found = models(prepare(data, steps), on_row)
+        figures = {name: evaluate(model, data.test) for name, model in found.items()}
+        on_row(BOOSTED)
+        trees = boosted(data)
+    if trees is not None:
+        figures[BOOSTED] = trees
+    with torch_threads(threads):
+        inputs = data.test.categories, data.test.numbers
+        title = f"Late flights, {len(data.test.late)} of the test"
+        Console(width=130).print(table(title, "area under ROC %", "flights", figures, found, inputs, rounds))
 
 
 if __name__ == "__main__":

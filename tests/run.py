@@ -245,8 +245,9 @@ def examples(full: bool) -> None:
     """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
     if not full:
         return
-    for name in ("accuracy_minilm", "accuracy_smollm", "distill_fashion_mnist", "distill_minilm", "tabular"):
-        run(sys.executable, f"bench/{name}.py", "--short")
+    names = ("accuracy_minilm", "accuracy_smollm", "vision mlp", "vision vit", "distill_fashion_mnist", "distill_minilm", "tabular")
+    for name, *arguments in map(str.split, names):
+        run(sys.executable, f"bench/{name}.py", *arguments, "--short")
 
 
 PARTS: dict[str, Callable[[bool], None]] = {

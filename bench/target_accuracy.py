@@ -7,6 +7,7 @@ import functools
 import accuracy_minilm as minilm
 import accuracy_smollm as smollm
 import distill_fashion_mnist as students
+import distill_minilm as encoders
 import fashion_mnist_model
 from glosses import Ranking
 
@@ -72,3 +73,15 @@ def gain(name: str, over: str) -> float:
 def kept_when_shrunk(width: float) -> float:
     """Share of the teacher's gain over chance, 10 %, that an untrained shrunk student has."""
     return (students.mean(fashion_mnist(), students.SHRUNK[width]) - 10) / (students.mean(fashion_mnist(), students.TEACHER) - 10)
+
+
+@functools.cache
+def small_encoders() -> list[dict[str, encoders.Score]]:
+    """Three seeds; about ten minutes."""
+    task = encoders.load_task()
+    return [encoders.run_seed(task, seed, encoders.STEPS) for seed in range(3)]
+
+
+def taught(name: str, over: str, field: str) -> float:
+    """What the teacher adds to a figure of the small encoders, mean of the seeds."""
+    return getattr(encoders.mean(small_encoders(), name), field) - getattr(encoders.mean(small_encoders(), over), field)

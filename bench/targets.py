@@ -363,6 +363,14 @@ def accuracy_targets() -> list[Target]:
         ("ternary student, soft answers over hard ones", students.TERNARY_SOFT, students.TERNARY, 0.1),
     ):
         found.append(Target(f"Fashion-MNIST, mean of 3 seeds: points by {what}", partial(accuracy.gain, name, over), points))
+    small = accuracy.encoders
+    for what, name, over, field, gain in (
+        ("R@1 in points", small.DISTILLED, small.ALONE, "recall_at_1", 0.7),
+        ("mean reciprocal rank", small.DISTILLED, small.ALONE, "mean_reciprocal_rank", 0.015),
+        ("R@1 in points, ternary", small.TERNARY_DISTILLED, small.TERNARY, "recall_at_1", 0.1),
+    ):
+        what = f"encoder of 1 M parameters, mean of 3 seeds: what MiniLM as its teacher adds to {what}"
+        found.append(Target(what, partial(accuracy.taught, name, over, field), gain))
     for name in (*encoder.DEPTHS, encoder.HALF):
         found.append(Target(f"MiniLM {name}: share of R@1 that is left", partial(accuracy.kept_of_recall, name), 0.5))
     for width in students.WIDTHS:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
+from every_format import FLOAT, times_float
 from prune_minilm import calibration
 from rich.console import Console
 from rich.progress import Progress
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 QUERIES, CALIBRATION = 2200, 400
-FLOAT, DYNAMIC, STATIC, SPARSE = "float32", "Int8Dynamic", "Int8Static, percentile", "SparseInt8, 50 % by SparseGPT"
+BATCHES = ((8, 128), (1, 16))  # sentences x tokens that are timed
+DYNAMIC, STATIC, SPARSE = "Int8Dynamic", "Int8Static, percentile", "SparseInt8, 50 % by SparseGPT"
 INT4 = {32: "Int4(32)", 128: "Int4(128)"}
 GPTQ = {32: "Int4(32), GPTQ", 128: "Int4(128), GPTQ"}
 DEPTHS = {f"{depth} of 6 blocks, untrained": depth for depth in (5, 4, 3)}
@@ -61,10 +64,11 @@ def variants(fp32: nn.Module, calls: list[Any]) -> dict[str, Callable[[], nn.Mod
 
 def run(
     queries: int = QUERIES, names: Iterable[str] = NAMES, on_row: Callable[[str], None] | None = None
-) -> tuple[dict[str, Ranking], dict[str, int]]:
-    """(how each ranks, the bytes of each). FLOAT must come first. Raises MissingData."""
+) -> tuple[dict[str, Ranking], dict[str, int], dict[str, list[float]]]:
+    """(how each ranks, its bytes, its speed at each of BATCHES as times float). FLOAT must come first. Raises MissingData."""
+    import torch
     from glosses import load_glosses, ranking
-    from minilm_model import Texts, evaluate, load_model
+    from minilm_model import Texts, evaluate, load_model, sentence_embedding
 
     from tersor.comparison import model_bytes
 
@@ -72,7 +76,12 @@ def run(
     glosses = load_glosses(queries + CALIBRATION)
     texts = Texts(glosses.queries[:queries], glosses.documents[:queries])
     makers = variants(fp32, calibration(glosses.queries[queries:]))
-    rankings, sizes = {}, {}
+    rankings, sizes, speeds = {}, {}, {}
+
+    def call(model: nn.Module, shape: tuple[int, int]) -> Callable[[], object]:
+        ids = torch.arange(1000, 1000 + shape[0] * shape[1]).view(shape)  # words; the values do not matter
+        return partial(sentence_embedding, model, ids, torch.ones_like(ids))
+
     reference = None
     for name in names:
         if on_row:
@@ -82,7 +91,8 @@ def run(
         reference = reference or found
         rankings[name] = ranking(found.queries, found.documents, reference.queries)
         sizes[name] = model_bytes(model)
-    return rankings, sizes
+        speeds[name] = [times_float(call(fp32, shape), call(model, shape)) for shape in BATCHES]
+    return rankings, sizes, speeds
 
 
 def removed(rankings: dict[str, Ranking], size: int) -> float:
@@ -104,7 +114,7 @@ def main(queries: int, short: bool, threads: int) -> None:
     try:
         with torch_threads(threads), Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("", total=len(names))
-            rankings, sizes = run(queries, names, lambda name: progress.update(task, description=name, advance=1))
+            rankings, sizes, speeds = run(queries, names, lambda name: progress.update(task, description=name, advance=1))
     except (ImportError, MissingData) as error:
         raise click.ClickException(str(error)) from None
     reference = rankings[FLOAT]
@@ -112,7 +122,8 @@ def main(queries: int, short: bool, threads: int) -> None:
         title=f"all-MiniLM-L6-v2, {queries} definitions of WordNet, {machine_name()}, torch {torch.__version__}",
         caption=f"float32: R@1 {reference.recall_at_1():.2f} %, mean reciprocal rank {reference.mean_reciprocal_rank():.4f}",
     )
-    for column in ("", "cosine to float", "R@1, points", "MRR", "MB"):
+    timed = [f"times float, {m} x {tokens}" for m, tokens in BATCHES]
+    for column in ("", "cosine to float", "R@1, points", "MRR", "MB", *timed):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rankings.items():
         points, error = row.against(reference)
@@ -122,6 +133,7 @@ def main(queries: int, short: bool, threads: int) -> None:
             "-" if name == FLOAT else f"{points:+.2f} ± {error:.2f}",
             f"{row.mean_reciprocal_rank() - reference.mean_reciprocal_rank():+.4f}",
             f"{sizes[name] / 1e6:.1f}",
+            *("-" if name == FLOAT else f"{speed:.2f}" for speed in speeds[name]),
         )
     Console(width=120).print(table)
 

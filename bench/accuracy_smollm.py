@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from every_format import FLOAT, times_float
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 
     from tersor.formats import Format
 
-WINDOW, WINDOWS = 512, 8
+WINDOW, WINDOWS, PROMPT = 512, 8, 128
 CALIBRATION_BOOK = "Sense and Sensibility"
-FLOAT, DYNAMIC, SMOOTH, SIMULATION = "float32", "Int8Dynamic", "Int8Dynamic, smooth", "Int8Dynamic simulated in torch"
+DYNAMIC, SMOOTH, SIMULATION = "Int8Dynamic", "Int8Dynamic, smooth", "Int8Dynamic simulated in torch"
 STATIC, STATIC_SMOOTH, MIXED_SMOOTH = "Int8Static", "Int8Static, smooth", "Int8Static, smooth, down and o dynamic"
 NAMES = (FLOAT, SIMULATION, DYNAMIC, SMOOTH, STATIC, STATIC_SMOOTH, MIXED_SMOOTH)
 
@@ -34,6 +36,8 @@ NAMES = (FLOAT, SIMULATION, DYNAMIC, SMOOTH, STATIC, STATIC_SMOOTH, MIXED_SMOOTH
 class Row(NamedTuple):
     perplexity: float
     bytes: int
+    prefill: float  # times as fast as the float model, PROMPT tokens
+    decode: float  # the same, one token after them
 
 
 def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.Module]]:
@@ -75,6 +79,7 @@ def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.
 
 def run(windows: int = WINDOWS, names: Iterable[str] = NAMES, on_row: Callable[[str], None] | None = None) -> dict[str, Row]:
     """Rows by name. Raises MissingData or ImportError where the model or the books are absent."""
+    import torch
     from smollm_model import load_chapter, load_model, perplexity
 
     from tersor.comparison import model_bytes
@@ -83,12 +88,27 @@ def run(windows: int = WINDOWS, names: Iterable[str] = NAMES, on_row: Callable[[
     ids = load_chapter(tokenizer, windows * WINDOW).view(windows, WINDOW)
     calibration = load_chapter(tokenizer, windows * WINDOW, CALIBRATION_BOOK).view(windows, WINDOW)
     rows = {}
+
+    def prefill(model: nn.Module) -> Callable[[], object]:
+        return partial(model, ids[:1, :PROMPT], use_cache=True, logits_to_keep=1)
+
+    def decode(model: nn.Module) -> Callable[[], object]:
+        with torch.inference_mode():
+            cache = prefill(model)().past_key_values  # type: ignore[attr-defined]
+
+        def step() -> None:
+            model(ids[:1, PROMPT : PROMPT + 1], past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+
+        return step
+
     makers = variants(fp32, calibration)
     for name in names:
         if on_row:
             on_row(name)
         model = makers[name]()
-        rows[name] = Row(perplexity(model, ids), model_bytes(model))
+        speed = [times_float(call(fp32), call(model)) for call in (prefill, decode)]
+        rows[name] = Row(perplexity(model, ids), model_bytes(model), *speed)
     return rows
 
 
@@ -118,10 +138,11 @@ def main(short: bool, threads: int) -> None:
         f"torch {torch.__version__}",
         caption=f"calibrated on {windows} x {WINDOW} tokens of {CALIBRATION_BOOK}; lm_head stays float",
     )
-    for column in ("", "perplexity", "against float", "MB"):
+    for column in ("", "perplexity", "against float", "MB", f"prefill {PROMPT}, times float", "decode, times float"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rows.items():
-        table.add_row(name, f"{row.perplexity:.3f}", f"{added(rows, name):+.2%}", f"{row.bytes / 1e6:.0f}")
+        speed = ("-", "-") if name == FLOAT else (f"{row.prefill:.2f}", f"{row.decode:.2f}")
+        table.add_row(name, f"{row.perplexity:.3f}", f"{added(rows, name):+.2%}", f"{row.bytes / 1e6:.0f}", *speed)
     Console(width=120).print(table)
 
 

@@ -81,6 +81,15 @@ def models(example: Example, on_row: Callable[[str], None]) -> dict[str, nn.Modu
     return found
 
 
+def times_float(float_call: Callable[[], object], call: Callable[[], object], rounds: int = 5) -> float:
+    """How many times as fast as the float model's, interleaved, in inference mode."""
+    import torch
+
+    with torch.inference_mode():
+        times = interleaved({FLOAT: float_call, "other": call}, rounds, 0.05)
+    return times[FLOAT].best / times["other"].best
+
+
 def table(
     title: str, metric: str, unit: str, figures: dict[str, float], found: dict[str, nn.Module], inputs: tuple[Any, ...], rounds: int
 ) -> Table:

@@ -14,9 +14,9 @@ constexpr const char* kOutOfMemory = "out of memory for scratch";
 constexpr int64_t kBlockRows = 64;
 // Above this many rows threads take rows each; below, n tiles each (every thread then quantises the few rows for itself).
 constexpr int64_t kSplitRows = 32;
-// Multiply-adds below which a second thread costs more than it brings: about 5 us of int8 work. Few rows wait for the weights: one
-// takes as long as three.
-constexpr int64_t kMinThreadWork = int64_t{1} << 20;
+// Multiply-adds below which a second thread costs more than it brings: about 4 us of int8 work (bench/threads.py). Few rows wait
+// for the weights: one takes as long as three.
+constexpr int64_t kMinThreadWork = int64_t{3} << 18;
 constexpr int64_t kMinCostRows = 3;
 constexpr int64_t kXnorSpeed = 4;                       // bits x bits are about so many times as fast
 constexpr int64_t kMaxScratchBytes = int64_t{4} << 20;  // per thread

@@ -104,14 +104,14 @@ template <typename P, int kSets, int kRows, int kVecs, typename Turn>
     turn();
 #pragma GCC unroll 4
     for (int u = 0; u < P::kUnroll; u += kTogether) {
-      P::template word<kTogether>(sums, u, {o.w + u * kTileBytes, o.tile_stride, o.x + u * P::kXWordBytes, o.ldx});
+      P::template word<kTogether>(sums, u, {o.w + u * P::kWordBytes, o.tile_stride, o.x + u * P::kXWordBytes, o.ldx});
     }
-    o.w += P::kUnroll * kTileBytes;
+    o.w += P::kUnroll * P::kWordBytes;
     o.x += P::kUnroll * P::kXWordBytes;
   }
   for (; k < words; ++k) {
     P::template word<1>(sums, 0, o);
-    o.w += kTileBytes;
+    o.w += P::kWordBytes;
     o.x += P::kXWordBytes;
   }
 }
@@ -244,9 +244,10 @@ BlockKernel pick(int64_t rows, int64_t tiles) {
   return pick_tiles<P, kRows>(tiles);
 }
 
-// All blocks of a range. x: its first row, in the form the product reads.
+// All blocks of a range. x: its first row, in the form the product reads; split: room for a panel of
+// SplitCodes, or null.
 template <typename P>
-void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ldx, int64_t words) {
+void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ldx, int64_t words, uint8_t* split = nullptr) {
   const int64_t rows = r.m1 - r.m0;
   const int64_t row_blocks = ceil_div(rows, P::kMaxRows);
   const int64_t short_rows = rows / row_blocks, long_blocks = rows % row_blocks;  // nearly equal heights
@@ -262,6 +263,10 @@ void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ld
     b.n = t * kTileN;
     const uint8_t* next = b.w + tiles * words * kTileBytes;
     const int64_t lines = tiles_after * words;
+    if (split) {
+      SplitCodes::split(b.w, words, split);
+      b.w = split;
+    }
     int64_t m = 0;
     for (int64_t i = 0; i < row_blocks; ++i) {
       const int64_t height = short_rows + (i < long_blocks ? 1 : 0);
@@ -280,6 +285,9 @@ void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ld
 template <typename I, typename P, int kBits>
 bool gemm_matrix(const GemmArgs& g, const GemmRange& r);
 
+// From so many rows on a panel is split once for all its blocks: below, that costs more than it saves.
+constexpr int64_t kSplitRows = 32;
+
 template <int kBits, typename P = Codes<kBits>>
 void gemm_codes(const GemmArgs& g, const GemmRange& r) {
   using D = typename P::D;
@@ -292,11 +300,14 @@ void gemm_codes(const GemmArgs& g, const GemmRange& r) {
   int64_t ldx = g.ldq;
   const char* x = reinterpret_cast<const char*>(g.q + r.m0 * g.ldq);
   if constexpr (D::kXBytesPerK > 1) {  // the rows in the form that D::load_x reads
-    char* out = static_cast<char*>(r.scratch);
+    constexpr bool kSplits = kBits == 8;
+    auto* split = static_cast<uint8_t*>(r.scratch);
+    char* out = static_cast<char*>(r.scratch) + (kSplits ? words * SplitCodes::kWordBytes : 0);
     const int64_t stride = words * P::kXWordBytes + 64;
     for (int64_t m = 0; m < rows; ++m) D::split_x(g.q + (r.m0 + m) * g.ldq, words, out + m * stride);
     x = out;
     ldx = stride;
+    if (kSplits && rows >= kSplitRows) return run_blocks<SplitCodes>(g, r, x, ldx, words, split);
   }
   run_blocks<P>(g, r, x, ldx, words);
 }

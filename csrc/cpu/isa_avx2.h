@@ -124,7 +124,13 @@ struct Avx2 {
     static constexpr int kPartialSteps = 0;
     static constexpr bool kSigned = false, kPairs = false;
     static void split_x(const int8_t* q, int64_t words, char* out) {
-      for (int64_t s = 0; s < words; ++s) {
+      const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+      int64_t s = 0;
+      for (; s + 4 <= words; s += 4) {
+        const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + 4 * s));
+        store_i(out + 8 * s, _mm256_cvtepi8_epi16(_mm_shuffle_epi8(four, order)));
+      }
+      for (; s < words; ++s) {
         const int16_t halves[4] = {q[4 * s], q[4 * s + 2], q[4 * s + 1], q[4 * s + 3]};
         __builtin_memcpy(out + 8 * s, halves, 8);
       }

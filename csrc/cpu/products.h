@@ -2,6 +2,7 @@
 //
 //   kBlocks           register blocks, see Isa
 //   kXWordBytes       bytes of x that meet one word
+//   kWordBytes        bytes of a tile at one k step, as word() reads it
 //   kUnroll           words in one turn of the loop
 //   sets(rows)        sets of sums: they hide latency, or hold what still has to be shifted (see Codes)
 //   kFlushWords       words after which narrow sums go into 32-bit ones; 0: they are 32-bit at once
@@ -42,6 +43,7 @@ struct Codes {
   static constexpr int kSteps = 8 / kBits;  // of four k
   static constexpr int64_t kXStepBytes = 4 * D::kXBytesPerK;
   static constexpr int64_t kXWordBytes = kSteps * kXStepBytes;
+  static constexpr int64_t kWordBytes = kTileBytes;
   static constexpr int kUnroll = kSteps >= 4 ? 8 / kSteps : 4 / kSteps;
   static constexpr int kFlushWords = D::kPartialSteps / kSteps;
   static constexpr int kMaxRows = Isa::kMaxRows;
@@ -149,10 +151,41 @@ struct Codes {
   static int32_t repair(const GemmArgs& g, int64_t m) { return g.row_sum[m]; }
 };
 
+// Codes of 8 bits that an instruction set splits before it multiplies, split beforehand: once for all row blocks of a panel,
+// aligned to 64.
+//   [ Kt ][ kTileVecs ] D::W
+struct SplitCodes : Codes<8> {
+  static constexpr int64_t kWordBytes = kTileVecs * static_cast<int64_t>(sizeof(D::W));
+  static constexpr int max_tiles(int) { return 1; }
+
+  static D::W* at(uint8_t* split) { return reinterpret_cast<D::W*>(split); }
+  static const D::W* at(const uint8_t* split) { return reinterpret_cast<const D::W*>(split); }
+
+  static void split(const uint8_t* w, int64_t words, uint8_t* out) {
+    for (int64_t i = 0; i < words * kTileVecs; ++i) at(out)[i] = D::codes(w + i * Isa::kLanes * 4, 0);
+  }
+
+  template <int kWords, int kSets, int kRows, int kVecs>
+  [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+    static_assert(kVecs == kTileVecs);
+    typename D::W codes[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) codes[v] = at(o.w)[v];
+    auto& sum = sums[u % kSets];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const typename D::X x = D::load_x(o.x + m * o.ldx);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[m][v] = D::dot4(sum[m][v], codes[v], x);
+    }
+  }
+};
+
 // Bits x bits: the sums count the bits that differ.
 struct Xnor {
   using P = Isa::Popcount;
   static constexpr int64_t kXWordBytes = 4;
+  static constexpr int64_t kWordBytes = kTileBytes;
   static constexpr int kUnroll = 4;
   static constexpr int kFlushWords = P::kPartialSteps;
   static constexpr int kMaxRows = Isa::kXnorMaxRows;

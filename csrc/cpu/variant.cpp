@@ -32,6 +32,8 @@ constexpr Run maybe_matrix(Run run) {
 // Scratch for a panel of codes of few bits, expanded, for each k.
 constexpr int64_t kExpandedBytes = Isa::kMatrixUnit ? 2 * kTileN : 0;
 
+constexpr bool kSplits = Isa::Dot<8>::kXBytesPerK > 1;
+
 extern const KernelTable table;
 const KernelTable table = {
     TERSOR_ISA_NAME,
@@ -39,7 +41,7 @@ const KernelTable table = {
     {maybe(quantize_x)},
     {maybe(widen_x)},
     {maybe(binarize_x)},
-    {maybe_matrix(gemm_w8), Isa::Dot<8>::kXBytesPerK > 1 ? Isa::Dot<8>::kXBytesPerK : 0},
+    {maybe_matrix(gemm_w8), kSplits ? Isa::Dot<8>::kXBytesPerK : 0, 64, kSplits ? SplitCodes::kWordBytes / kTileK8 : 0},
     {maybe_matrix(gemm_w4), 0, 0, kExpandedBytes},
     {maybe_matrix(gemm_w2), 0, 0, kExpandedBytes},
     {maybe_matrix(gemm_w1), 0, 0, kExpandedBytes},

@@ -118,7 +118,8 @@ Moments moments(const void* x, const void* residual, int64_t K, float eps, float
 template <int kRows>
 struct Group {
   const void* s[kRows];
-  float* y[kRows];  // f32 values of the dtype of x
+  float* y[kRows];          // f32 values of the dtype of x
+  const char* next[kRows];  // rows of x whose moments follow, brought into L1 meanwhile
   Moments moments[kRows];
   int32_t absmax[kRows];  // bits of the largest magnitude of y
 };
@@ -143,6 +144,7 @@ void normalize(const NormArgs& a, Group<kRows>& rows) {
     if constexpr (!kRms) b = load_part<Dtype::f32, whole.value>(bias, k, K);
 #pragma GCC unroll 2
     for (int i = 0; i < kRows; ++i) {
+      __builtin_prefetch(element(g.next[i], kDtype, k));
       Vf value = load_part<kFrom, whole.value>(g.s[i], k, K);
       if constexpr (kRms) {
         value = Isa::mul(Isa::mul(value, inverse[i]), w);
@@ -219,6 +221,7 @@ struct NormRows {
     for (int i = 0; i < kRows; ++i) {
       g.s[i] = kResidual ? static_cast<const void*>(s(m + i)) : x(m + i);
       g.y[i] = y(m + i);
+      g.next[i] = x(m + kRows + i);
       g.moments[i] = next[i];
     }
     normalize<kDtype, kFrom, kRms, kRows>(a, g);

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 WORK = ROOT / "build" / "wheels"
+OBJECTS = WORK / "objects"
 MOST_BYTES = 3_000_000
 # Python -> the torch its wheel is tried under: the oldest, the one that wheels are built on, the newest. Where there is none the wheel
 # is tried without torch, which the numpy half does not need.
@@ -79,8 +80,8 @@ def environment(name: str, python: Path, *packages: str) -> Path:
     return folder / "bin" / "python"
 
 
-def make_sdist() -> tuple[Path, Path]:
-    """The sdist, and the folder it is unpacked to."""
+def make_sdist() -> Path:
+    """Puts the sdist into dist/; returns the folder it is unpacked to."""
     sdist = backend(Path(sys.executable), "build_sdist", ROOT)
     source = WORK / "source"
     shutil.rmtree(source, ignore_errors=True)
@@ -92,7 +93,15 @@ def make_sdist() -> tuple[Path, Path]:
     assert not [name for name in names if name.endswith(".so") or name.split("/")[0] in ("build", "dist", ".ci", ".github")], names
     (folder,) = source.iterdir()
     shutil.copy(sdist, DIST)
-    return sdist, folder
+    # An sdist's files are all of one date, by which no build tool could tell that one has changed.
+    sources = [folder / "CMakeLists.txt", *sorted((folder / "csrc").rglob("*.*"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    built_from = OBJECTS / "sources.sha256"
+    if not built_from.exists() or built_from.read_text() != digest:
+        shutil.rmtree(OBJECTS, ignore_errors=True)
+        OBJECTS.mkdir()
+        built_from.write_text(digest)
+    return folder
 
 
 def make_wheel(version: str, python: Path, source: Path) -> Path:
@@ -103,7 +112,7 @@ def make_wheel(version: str, python: Path, source: Path) -> Path:
         (torch,) = importlib.util.find_spec("torch").submodule_search_locations
         site = next(python.parent.parent.glob("lib/python3*/site-packages"))
         (site / "torch_of_the_build.pth").write_text(str(Path(torch).parent))
-    return backend(python, "build_wheel", source, **{"build-dir": str(WORK / "objects")})
+    return backend(python, "build_wheel", source, **{"build-dir": str(OBJECTS)})
 
 
 def repair(wheel: Path) -> Path:
@@ -179,11 +188,11 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     for old in DIST.glob("tersor-*"):
         old.unlink()
-    _, source = make_sdist()
+    source = make_sdist()
     found = {own: Path(sys.executable)} if options.quick else pythons()
     wheels = {version: repair(make_wheel(version, python, source)) for version, python in found.items()}
     sums = {version: check_wheel(wheel, version) for version, wheel in wheels.items()}
-    run(sys.executable, "-m", "pytest", "tests/test_symbols.py", TERSOR_CPP_BUILD=str(WORK / "objects"))
+    run(sys.executable, "-m", "pytest", "tests/test_symbols.py", TERSOR_CPP_BUILD=str(OBJECTS))
     assert len(set(sums.values())) == 1, f"_torch.so differs between Pythons: {sums}"
     for version, wheel in wheels.items():
         try_wheel(version, found[version], wheel, TRIED[version])

@@ -15,7 +15,7 @@
 #elif defined(_MSC_VER)
 #include <intrin.h>
 #include <math.h>
-#include <string.h>
+#include <memory.h>
 #define TERSOR_UNROLL(times)
 #define TERSOR_INLINE __forceinline
 #define TERSOR_NOINLINE __declspec(noinline)

@@ -68,6 +68,9 @@ def cpp(full: bool) -> None:
     build_cpp(folder)
     run(folder / "kernel_tests", *(["--fuzz", "5000"] if full else []))
     pytest("tests/test_symbols.py", TERSOR_CPP_BUILD=str(folder))
+    if full and shutil.which("clang++"):
+        build_cpp(BUILD / "clang", "-DCMAKE_CXX_COMPILER=clang++", target="kernel_tests")
+        run(BUILD / "clang" / "kernel_tests")
 
 
 def cuda(full: bool) -> None:

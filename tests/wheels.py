@@ -122,7 +122,7 @@ def repair(wheel: Path) -> Path:
     excludes = [word for name in EXCLUDED for word in ("--exclude", name)]
     out = WORK / "repaired"
     shutil.rmtree(out, ignore_errors=True)
-    run(sys.executable, "-m", "auditwheel", "repair", *excludes, "-w", out, wheel, PYTHONPATH=str(tools), PATH=path)
+    run(sys.executable, "-m", "auditwheel", "repair", *excludes, "-z", "9", "-w", out, wheel, PYTHONPATH=str(tools), PATH=path)
     (repaired,) = out.iterdir()
     return Path(shutil.copy(repaired, DIST))
 

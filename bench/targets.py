@@ -28,6 +28,7 @@ import target_advice as advice  # noqa: E402
 import target_few_bits as few  # noqa: E402
 import target_fused as fused  # noqa: E402
 import target_graph as graph  # noqa: E402
+import target_import as importing  # noqa: E402
 import target_int8 as int8  # noqa: E402
 import target_models as models  # noqa: E402
 import target_pruning as pruning  # noqa: E402
@@ -113,6 +114,7 @@ TARGETS = [
     ),
     Target("only_if_faster: chosen / other, worst of 50 random shapes", int8.wrong_choices, 1.05, at_most=True),
     Target("odd sizes: time over that of sizes rounded up, worst", int8.odd_sizes, 1.3, at_most=True),
+    Target("import tersor: ms beyond torch's own import", lambda: importing.import_ms("import tersor", "tersor"), 60, at_most=True),
     Target("16x16 at M = 1, no_grad: us a call", lambda: int8.small_call_us(torch.no_grad), 6.0, at_most=True, needs=VNNI),
     Target(
         "16x16 at M = 1, inference_mode: us a call", lambda: int8.small_call_us(torch.inference_mode), 6.0, at_most=True, needs=VNNI

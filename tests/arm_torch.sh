@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# The op tests on aarch64 Python with torch 2.10 under qemu, without a chroot and without touching this system's packages.
+# A wheel for aarch64, cross-built, and what it does under qemu with an aarch64 Python and torch 2.10, without a chroot and without
+# touching this system's packages.
 #
-#   tests/arm_torch.sh PYTHON [FOLDER]    PYTHON has cmake, ninja, pybind11 and pip; FOLDER keeps what was downloaded
+#   tests/arm_torch.sh PYTHON                    builds it, runs the smoke test and the op tests; more arguments are pytest's
+#   tests/arm_torch.sh PYTHON wheel              builds it into build/arm-torch/wheel
+#   tests/arm_torch.sh PYTHON smoke WHEEL        runs the smoke test on a given one
 #
+# PYTHON has cmake, ninja, scikit-build-core, pybind11 and pip; what was downloaded stays in build/arm-torch.
 # Needs g++-aarch64-linux-gnu and qemu-user-static. Debian's arm64 Python 3.11 and its libraries are unpacked, not installed; the
 # wheels are pip's for that platform.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$1 folder=$(realpath -m "${2:-build/arm-torch}")
+python=$1 what=${2:-} folder=$PWD/build/arm-torch
 bin=$(dirname "$python")
 root=$folder/root site=$folder/site
 libraries="libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libsqlite3-0 libcrypt1 libuuid1
@@ -29,19 +33,40 @@ if [ ! -e "$folder/.ready" ]; then
   touch "$folder/.ready"
 fi
 
-"$bin/cmake" -G Ninja -S . -B build/arm --log-level=WARNING -DTERSOR_TORCH=ON -DTERSOR_NUMPY=ON -DTERSOR_CPP_TESTS=ON \
-  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
-  -DCMAKE_CXX_FLAGS="-isystem $root/usr/include" -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$python" \
-  -DPython_INCLUDE_DIR="$root/usr/include/python3.11" -DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DTORCH_LIB_DIR="$site/torch/lib" -DSKBUILD_PROJECT_VERSION=0.1.0
-"$bin/cmake" --build build/arm --target _torch _numpy -- --quiet
-rm -rf "$site/tersor"
-cp -r python/tersor "$site/tersor"
-rm -f "$site"/tersor/*.so
-cp build/arm/_torch.so build/arm/_numpy*.so "$site/tersor/"
+if [ "$what" != smoke ]; then
+  rm -rf "$folder/wheel"
+  # What Python is asked for a wheel's platform; the objects are those of `tests/run.py --only arm`.
+  PATH=$bin:$PATH _PYTHON_HOST_PLATFORM=linux-aarch64 "$python" - "$root" "$site" "$folder/wheel" <<'PY'
+import sys
+
+import pybind11
+from scikit_build_core.build import build_wheel
+
+root, site, out = sys.argv[1:]
+define = {
+    "CMAKE_SYSTEM_NAME": "Linux",
+    "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+    "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+    "CMAKE_CXX_FLAGS": f"-isystem {root}/usr/include",
+    "CMAKE_STRIP": "aarch64-linux-gnu-strip",
+    "Python_INCLUDE_DIR": f"{root}/usr/include/python3.11",
+    "PYTHON_MODULE_EXTENSION": ".cpython-311-aarch64-linux-gnu.so",
+    "pybind11_DIR": pybind11.get_cmake_dir(),
+    "TERSOR_CPP_TESTS": "ON",
+    "TORCH_LIB_DIR": f"{site}/torch/lib",
+}
+build_wheel(out, {"build-dir": "build/arm", **{f"cmake.define.{name}": value for name, value in define.items()}})
+PY
+fi
+if [ "$what" = wheel ]; then exit; fi
+wheel=$(realpath "$folder"/wheel/*.whl)
+if [ "$what" = smoke ]; then wheel=$3; fi
+rm -rf "$site"/tersor*
+"$python" -m zipfile -e "$wheel" "$site"
 
 export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2
 qemu="qemu-aarch64-static -cpu max -L $root $root/usr/bin/python3.11"
-$qemu -c "import torch, tersor; print('torch', torch.__version__, 'on aarch64:', tersor.info().kernels['gemm_w8'])"
+$qemu tests/smoke.py
+if [ "$what" = smoke ]; then exit; fi
 # Out of the repository's own settings: its plugins are not all there.
-$qemu -m pytest -q -p no:cacheprovider -c /dev/null --rootdir tests tests/test_exact.py -k "not variants_agree" "${@:3}"
+$qemu -m pytest -q -p no:cacheprovider -c /dev/null --rootdir tests tests/test_exact.py -k "not variants_agree" "${@:2}"

@@ -68,6 +68,9 @@ def cpp(full: bool) -> None:
     build_cpp(folder)
     run(folder / "kernel_tests", *(["--fuzz", "5000"] if full else []))
     pytest("tests/test_symbols.py", TERSOR_CPP_BUILD=str(folder))
+    if full and shutil.which("clang++"):
+        build_cpp(BUILD / "clang", "-DCMAKE_CXX_COMPILER=clang++", target="kernel_tests")
+        run(BUILD / "clang" / "kernel_tests")
 
 
 def cuda(full: bool) -> None:
@@ -241,6 +244,12 @@ def xla(full: bool) -> None:
     pytest(*tests, *chosen, PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", **(SLOW_FLAGS if full else {}))
 
 
+def wheels(full: bool) -> None:
+    """The wheels as users get them, under the oldest and the newest torch too; see tests/wheels.py."""
+    if full:
+        run(sys.executable, "tests/wheels.py")
+
+
 def examples(full: bool) -> None:
     """The scripts of docs/accuracy.md in their short mode: that they run, not their figures. They need `make peers data`."""
     if not full:
@@ -264,12 +273,27 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "older_cpus": older_cpus,
     "no_native": no_native,
     "xla": xla,
+    "wheels": wheels,
     "examples": examples,
 }
 
 
 # Once the package is installed two parts run beside each other; the longest begins, amx and older_cpus use what cpp has built.
-ORDER = ("suite", "cpp", "sanitizers", "cuda", "arm", "other_variants", "no_native", "fuzz", "xla", "amx", "older_cpus", "examples")
+ORDER = (
+    "suite",
+    "cpp",
+    "sanitizers",
+    "cuda",
+    "arm",
+    "other_variants",
+    "no_native",
+    "fuzz",
+    "xla",
+    "amx",
+    "older_cpus",
+    "wheels",
+    "examples",
+)
 
 
 def run_part(name: str, full: bool) -> int:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,14 @@ def test_public_names():
     assert not set(tersor._PUBLIC) & submodules
 
 
-def test_version_is_written_once_more_only_in_pyproject():
-    text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.*)"', text, re.M).group(1) == tersor.__version__
+def test_the_version_is_written_in_one_place():
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in settings
+    literal = re.compile(rf"\b{re.escape(tersor.__version__)}\b")
+    texts = tracked("pyproject.toml", "CMakeLists.txt", "python/*", "csrc/*", "tests/*.py", "tests/*.sh")
+    assert [path.name for path in texts if literal.search(path.read_text())] == ["__init__.py"]
+    assert version("tersor") == tersor.__version__  # what the wheel was built as
+    assert f"## {tersor.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_info():
@@ -120,6 +126,12 @@ def test_kernels_are_framework_free():
         if not path.name.startswith("isa_"):
             assert "_mm" not in text, path  # intrinsics live in the vocabularies only
         assert "std::" not in text, path
+
+
+def test_what_only_some_compilers_know_is_in_one_header():
+    extension = re.compile(r"__attribute__|gnu::|__asm__|pragma (GCC|clang)|__declspec|__forceinline")
+    found = {path.name for path in tracked("csrc/core/*", "csrc/cpu/*") if extension.search(path.read_text())}
+    assert found == {"compiler.h", "dispatch.cpp"}  # which reads CPUID, and declares a weak symbol
 
 
 def test_no_flag_that_breaks_portability():

@@ -7,7 +7,11 @@
 #include "parallel.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
+#if defined(__GNUC__) || defined(__clang__)
 #include <cpuid.h>
+#else
+#include <intrin.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -71,6 +75,32 @@ constexpr const char* kFeatureNames[] = {
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
+struct Registers {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+#if defined(__GNUC__) || defined(__clang__)
+// False where this CPU has no such leaf.
+bool cpuid(unsigned leaf, unsigned subleaf, Registers* r) { return __get_cpuid_count(leaf, subleaf, &r->a, &r->b, &r->c, &r->d); }
+
+uint32_t xcr0() {
+  uint32_t low = 0, high = 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+#else
+bool cpuid(unsigned leaf, unsigned subleaf, Registers* r) {
+  int out[4];
+  __cpuid(out, 0);
+  if (leaf > static_cast<unsigned>(out[0])) return false;
+  __cpuidex(out, static_cast<int>(leaf), static_cast<int>(subleaf));
+  std::memcpy(r, out, sizeof out);
+  return true;
+}
+
+uint32_t xcr0() { return static_cast<uint32_t>(_xgetbv(0)); }
+#endif
+
 // Linux gives the 8 KiB of tile state to processes that ask (Documentation/arch/x86/xstate.rst); their threads have it too.
 bool may_use_tiles() {
 #if defined(__linux__)
@@ -82,38 +112,38 @@ bool may_use_tiles() {
 }
 
 uint32_t cpu_features() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
+  Registers r;
   uint32_t have = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return have;
-  if (c & bit_SSSE3) have |= kSsse3;
-  if (c & bit_SSE4_1) have |= kSse41;
-  if (!(c & bit_OSXSAVE)) return have;
-  uint32_t xcr0_low = 0, xcr0_high = 0;
-  __asm__("xgetbv" : "=a"(xcr0_low), "=d"(xcr0_high) : "c"(0));
-  const bool os_ymm = (xcr0_low & 0x6) == 0x6;    // Intel SDM vol. 1, 13.3: XMM and YMM state enabled by the OS
-  const bool os_zmm = (xcr0_low & 0xe6) == 0xe6;  // and opmask, ZMM_Hi256, Hi16_ZMM
+  const auto bit = [](unsigned value, int index) { return (value >> index & 1u) != 0; };
+  if (!cpuid(1, 0, &r)) return have;
+  if (bit(r.c, 9)) have |= kSsse3;
+  if (bit(r.c, 19)) have |= kSse41;
+  if (!bit(r.c, 27)) return have;  // OSXSAVE
+  const uint32_t saved = xcr0();
+  const bool os_ymm = (saved & 0x6) == 0x6;            // Intel SDM vol. 1, 13.3: XMM and YMM state enabled by the OS
+  const bool os_zmm = (saved & 0xe6) == 0xe6;          // and opmask, ZMM_Hi256, Hi16_ZMM
+  const bool os_tiles = (saved & 0x60000) == 0x60000;  // XTILECFG and XTILEDATA
   if (os_ymm) {
-    if (c & bit_FMA) have |= kFma;
-    if (c & bit_F16C) have |= kF16c;
+    if (bit(r.c, 12)) have |= kFma;
+    if (bit(r.c, 29)) have |= kF16c;
   }
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return have;
-  if (os_ymm && (b & bit_AVX2)) have |= kAvx2;
+  if (!cpuid(7, 0, &r)) return have;
+  if (os_ymm && bit(r.b, 5)) have |= kAvx2;
   if (os_zmm) {
-    if (b & bit_AVX512F) have |= kAvx512F;
-    if (b & bit_AVX512BW) have |= kAvx512Bw;
-    if (b & bit_AVX512DQ) have |= kAvx512Dq;
-    if (b & bit_AVX512VL) have |= kAvx512Vl;
-    if (c & bit_AVX512VNNI) have |= kAvx512Vnni;
-    if (c & bit_AVX512VPOPCNTDQ) have |= kAvx512Vpopcntdq;
-    if (c & bit_AVX512VBMI) have |= kAvx512Vbmi;
-    if (c & bit_AVX512VBMI2) have |= kAvx512Vbmi2;
+    if (bit(r.b, 16)) have |= kAvx512F;
+    if (bit(r.b, 30)) have |= kAvx512Bw;
+    if (bit(r.b, 17)) have |= kAvx512Dq;
+    if (bit(r.b, 31)) have |= kAvx512Vl;
+    if (bit(r.c, 11)) have |= kAvx512Vnni;
+    if (bit(r.c, 14)) have |= kAvx512Vpopcntdq;
+    if (bit(r.c, 1)) have |= kAvx512Vbmi;
+    if (bit(r.c, 6)) have |= kAvx512Vbmi2;
   }
-  const bool os_tiles = (xcr0_low & 0x60000) == 0x60000;  // XTILECFG and XTILEDATA
-  if (os_tiles && (d & 1u << 24) && may_use_tiles()) {
+  if (os_tiles && bit(r.d, 24) && may_use_tiles()) {
     have |= kAmxTile;
-    if (d & 1u << 25) have |= kAmxInt8;
+    if (bit(r.d, 25)) have |= kAmxInt8;
   }
-  if (os_ymm && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4)) have |= kAvxVnni;
+  if (os_ymm && cpuid(7, 1, &r) && bit(r.a, 4)) have |= kAvxVnni;
   return have;
 }
 #elif defined(__aarch64__) && defined(__linux__)
@@ -141,8 +171,9 @@ uint32_t cpu_features() { return 0; }
 constexpr int64_t kStreamBytes = int64_t{6} << 20;
 int64_t stream_bytes() {
 #if defined(__x86_64__) || defined(_M_X64)
-  unsigned a = 0, vendor[3] = {};
-  if (!__get_cpuid(0, &a, &vendor[0], &vendor[2], &vendor[1])) return 0;
+  Registers r;
+  if (!cpuid(0, 0, &r)) return 0;
+  const unsigned vendor[3] = {r.b, r.d, r.c};
   return std::memcmp(vendor, "AuthenticAMD", 12) == 0 || std::memcmp(vendor, "HygonGenuine", 12) == 0 ? kStreamBytes : 0;
 #else
   return 0;

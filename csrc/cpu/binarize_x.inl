@@ -35,13 +35,13 @@ inline void to_tile_order(uint8_t* bits, int64_t bytes) {
 // The 64 sums in a tree: (s[i] + s[16 + i]) + (s[32 + i] + s[48 + i]), then halves, 8, 4, 2, 1.
 inline float add_lanes(Vf (&sums)[kSumVecs]) {
   constexpr int kRun = kSumVecs / 4;  // registers of 16 lanes
-#pragma GCC unroll 4
+  TERSOR_UNROLL(4)
   for (int i = 0; i < kRun; ++i) {
     sums[i] = Isa::add(Isa::add(sums[i], sums[kRun + i]), Isa::add(sums[2 * kRun + i], sums[3 * kRun + i]));
   }
-#pragma GCC unroll 2
+  TERSOR_UNROLL(2)
   for (int half = kRun / 2; half > 0; half /= 2) {
-#pragma GCC unroll 2
+    TERSOR_UNROLL(2)
     for (int i = 0; i < half; ++i) sums[i] = Isa::add(sums[i], sums[half + i]);
   }
   return Isa::reduce_add(sums[0]);
@@ -51,17 +51,17 @@ template <Dtype kDtype>
 void binarize_row(const void* x, const float* threshold, int64_t K, uint8_t* bits, float* scale) {
   const Vf share = Isa::set1(1.0f / static_cast<float>(K));
   Vf sums[kSumVecs];
-#pragma GCC unroll 16
+  TERSOR_UNROLL(16)
   for (int v = 0; v < kSumVecs; ++v) sums[v] = Isa::set1(0.0f);
 
-  auto add = [&](int v, Vf value, Vf limit) __attribute__((always_inline)) {
+  auto add = [&](int v, Vf value, Vf limit) TERSOR_INLINE_LAMBDA {
     sums[v] = Isa::add(sums[v], Isa::mul(abs_(Isa::sub(value, limit)), share));
     return static_cast<uint64_t>(Isa::mask_ge(value, limit)) << v * Isa::kLanes;
   };
   int64_t k = 0;
   for (; k + kSumLanes <= K; k += kSumLanes) {
     uint64_t words = 0;
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kSumVecs; ++v) {
       const int64_t at = k + v * Isa::kLanes;
       words |= add(v, load_as(x, kDtype, at), Isa::load(threshold + at));

@@ -129,7 +129,7 @@ struct Destination {
 
 // A finished register block on its way out: rows x (tiles * 16) values in f32 or s32 bits, ld floats apart.
 // Slow path of a store: activation, residual, dtype, and the columns of the last tile that do not exist.
-[[gnu::noinline]] void finish_block(float* block, int rows, int64_t width, int64_t columns, Activation act, const Destination& to) {
+TERSOR_NOINLINE void finish_block(float* block, int rows, int64_t width, int64_t columns, Activation act, const Destination& to) {
   if (to.dtype != Dtype::s32) activate(act, block, rows * width);
   const int64_t whole = columns / Isa::kLanes * Isa::kLanes;
   for (int m = 0; m < rows; ++m) {

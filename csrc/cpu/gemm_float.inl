@@ -37,17 +37,17 @@ void direct_kernel(const FloatGemmArgs& g, int64_t m, int64_t t) {
   const uint8_t* w = g.weight_packed + t * k_steps * kTileBytes;
   const float* x = g.x + m * g.ldx;
   Vf acc[kRows][2][kTileVecs];  // even and odd k apart: two chains of adds in flight per vector
-#pragma GCC unroll 4
+  TERSOR_UNROLL(4)
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kTileVecs; ++v) acc[i][0][v] = acc[i][1][v] = Isa::set1(0.0f);
   }
-  auto step = [&](const uint8_t* tile, const float* xs, int64_t ldx) __attribute__((always_inline)) {
-#pragma GCC unroll 4
+  auto step = [&](const uint8_t* tile, const float* xs, int64_t ldx) TERSOR_INLINE_LAMBDA {
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kTileVecs; ++v) {
       const Vi word = signed_codes(tile + v * Isa::kLanes * 4);
       const Vf w0 = code_f32<0>(word), w1 = code_f32<1>(word), w2 = code_f32<2>(word), w3 = code_f32<3>(word);
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int i = 0; i < kRows; ++i) {
         const float* row = xs + i * ldx;
         acc[i][0][v] = Isa::muladd(Isa::set1(row[0]), w0, acc[i][0][v]);
@@ -67,9 +67,9 @@ void direct_kernel(const FloatGemmArgs& g, int64_t m, int64_t t) {
     step(w + whole * kTileBytes, last[0], kTileK8);
   }
   alignas(64) float sum[kRows * kTileN];
-#pragma GCC unroll 4
+  TERSOR_UNROLL(4)
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kTileVecs; ++v) Isa::store(sum + i * kTileN + v * Isa::kLanes, Isa::add(acc[i][0][v], acc[i][1][v]));
   }
   store_float_block(g, sum, kRows, kTileN, m, t * kTileN);
@@ -98,25 +98,25 @@ void float_kernel(const float* x, int64_t ldx, const float* w, int64_t K, float*
   constexpr int kVecs = kTiles * kTileVecs;
   constexpr int64_t kRow = kTiles * kTileN;
   Vf acc[kRows][kVecs];
-#pragma GCC unroll 12
+  TERSOR_UNROLL(12)
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Isa::load(sum + i * kRow + v * Isa::kLanes);
   }
   for (int64_t k = 0; k < K; ++k) {
     Vf wk[kVecs];
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kVecs; ++v) wk[v] = Isa::load(w + k * kRow + v * Isa::kLanes);
-#pragma GCC unroll 12
+    TERSOR_UNROLL(12)
     for (int i = 0; i < kRows; ++i) {
       const Vf xk = Isa::set1(x[i * ldx + k]);
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int v = 0; v < kVecs; ++v) acc[i][v] = Isa::muladd(xk, wk[v], acc[i][v]);
     }
   }
-#pragma GCC unroll 12
+  TERSOR_UNROLL(12)
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kVecs; ++v) Isa::store(sum + i * kRow + v * Isa::kLanes, acc[i][v]);
   }
 }

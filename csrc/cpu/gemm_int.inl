@@ -43,9 +43,9 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
 
   if constexpr (!kIsFloat<Sum>) {
     if (g.y_dtype == Dtype::s32) {
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
+        TERSOR_UNROLL(16)
         for (int v = 0; v < kTiles * kTileVecs; ++v) Isa::store_i(block + m * kWidth + v * Isa::kLanes, sum[m][v]);
       }
       finish_block(block, kRows, kWidth, columns, Activation::none, to);
@@ -60,11 +60,11 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
   const float* residual = direct ? static_cast<const float*>(to.residual) : nullptr;
   float* y = direct ? static_cast<float*>(to.y) : block;
   const int64_t ldy = direct ? g.ldy : kWidth;
-  auto finish = [&](auto put) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+  auto finish = [&](auto put) TERSOR_INLINE_LAMBDA {
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
       const Vf scale = Isa::set1(g.scale[b.m + m]);
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kTiles * kTileVecs; ++v) {
         Vf f = Isa::mul(as_f32(sum[m][v]), scale);
         f = Isa::mul(f, Isa::load(channels.scale + v * Isa::kLanes));
@@ -84,12 +84,12 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
 }
 
 template <int kSets, int kRows, int kVecs>
-[[gnu::always_inline]] inline void clear(Vi (&sums)[kSets][kRows][kVecs]) {
-#pragma GCC unroll 8
+TERSOR_INLINE void clear(Vi (&sums)[kSets][kRows][kVecs]) {
+  TERSOR_UNROLL(8)
   for (int s = 0; s < kSets; ++s) {
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kVecs; ++v) sums[s][m][v] = Isa::zero_i();
     }
   }
@@ -97,12 +97,12 @@ template <int kSets, int kRows, int kVecs>
 
 // Adds `words` words to the sums and moves o past them. `turn` runs before each kUnroll words.
 template <typename P, int kSets, int kRows, int kVecs, typename Turn>
-[[gnu::always_inline]] inline void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+TERSOR_INLINE void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
   constexpr int kTogether = P::together(kRows);
   int64_t k = 0;
   for (; k + P::kUnroll <= words; k += P::kUnroll) {
     turn();
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int u = 0; u < P::kUnroll; u += kTogether) {
       P::template word<kTogether>(sums, u, {o.w + u * P::kWordBytes, o.tile_stride, o.x + u * P::kXWordBytes, o.ldx});
     }
@@ -118,7 +118,7 @@ template <typename P, int kSets, int kRows, int kVecs, typename Turn>
 
 // The sums of `words` words, 32 bits wide, in total[0]; o moves past them.
 template <typename P, int kSets, int kRows, int kVecs, typename Turn>
-[[gnu::always_inline]] inline void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+TERSOR_INLINE void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
   clear(total);
   if constexpr (P::kFlushWords == 0) {
     add_words<P>(total, o, words, turn);
@@ -128,9 +128,9 @@ template <typename P, int kSets, int kRows, int kVecs, typename Turn>
       Vi narrow[1][kRows][kVecs];
       clear(narrow);
       add_words<P>(narrow, o, k + P::kFlushWords < words ? P::kFlushWords : words - k, turn);
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
+        TERSOR_UNROLL(16)
         for (int v = 0; v < kVecs; ++v) total[0][m][v] = Isa::add_i(total[0][m][v], P::widen(narrow[0][m][v]));
       }
     }
@@ -146,7 +146,7 @@ void micro_kernel(const BlockArgs& b) {
   const uint8_t* next = b.next;
   // Spread evenly over the k steps; past the last line of the matrix a prefetch does nothing.
   const int64_t stride = kPrefetch ? ceil_div(b.next_lines, b.words / P::kUnroll + 1) * kTileBytes : 0;
-  auto prefetch = [&]() __attribute__((always_inline)) {
+  auto prefetch = [&]() TERSOR_INLINE_LAMBDA {
     if constexpr (kPrefetch) {
       for (const uint8_t* stop = next + stride; next < stop; next += kTileBytes) __builtin_prefetch(next, 0, 2);
     }
@@ -155,10 +155,10 @@ void micro_kernel(const BlockArgs& b) {
   Vi sums[kSets][kRows][kVecs];
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
   sum_words<P>(sums, o, b.words, prefetch);
-#pragma GCC unroll 8
+  TERSOR_UNROLL(8)
   for (int m = 0; m < kRows; ++m) {
     const int32_t repair = P::repair(*b.gemm, b.m + m);
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) sums[0][m][v] = P::value(sums[0][m][v], repair);
   }
   store_block<kRows, kTiles>(b, sums[0]);
@@ -182,24 +182,24 @@ void grouped_kernel(const BlockArgs& b) {
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
 
   Vf total[kRows][kVecs];
-#pragma GCC unroll 8
+  TERSOR_UNROLL(8)
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) total[m][v] = Isa::set1(0.0f);
   }
   for (int64_t i = 0; i < groups; ++i) {
     Vi sums[kSets][kRows][kVecs];
     sum_words<P>(sums, o, words, [] {});
     Vf scale[kVecs];
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) {
       const uint8_t* at = scales + (v / kTileVecs * groups + i) * kGroupScaleBytes + v % kTileVecs * Isa::kLanes * 2;
       scale[v] = Isa::load_f16(reinterpret_cast<const uint16_t*>(at));
     }
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
       const int32_t repair = g.row_sum[(b.m + m) * groups + i];
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kVecs; ++v) {
         total[m][v] = Isa::muladd(Isa::to_f32(P::value(sums[0][m][v], repair)), scale[v], total[m][v]);
       }

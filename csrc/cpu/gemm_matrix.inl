@@ -19,10 +19,10 @@ void finish_sums(const BlockArgs& b, int64_t words, int64_t width, const int32_t
   Vi sums[kSets][kRows][kVecs];
   Operands o{b.w + done * kTileBytes, b.tile_stride(), b.x + done * P::kXWordBytes, b.ldx};
   sum_words<P>(sums, o, words, [] {});
-#pragma GCC unroll 8
+  TERSOR_UNROLL(8)
   for (int m = 0; m < kRows; ++m) {
     const int32_t repair = P::repair(*b.gemm, b.m + m);
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) {
       const Vi sum = Isa::add_i(sums[0][m][v], Isa::load_i(from + m * width + v * Isa::kLanes));
       sums[0][m][v] = P::value(sum, repair);
@@ -44,9 +44,9 @@ template <int kBits>
 void expand_codes(const uint8_t* w, int64_t words, uint8_t* out) {
   constexpr int kSteps = Codes<kBits>::kSteps;
   for (int64_t i = 0; i < words; ++i) {
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int j = 0; j < kSteps; ++j) {
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int v = 0; v < kTileVecs; ++v) {
         const int64_t at = v * Isa::kLanes * 4;
         Isa::store_i(out + (i * kSteps + j) * kTileBytes + at, Isa::Dot<kBits>::codes(w + i * kTileBytes + at, j));

@@ -46,21 +46,21 @@ inline int64_t held_offset(const SparseWeights& s, int64_t t) {
 }
 
 template <int kSets, int kRows>
-[[gnu::always_inline]] inline void store_sparse(const SparseArgs& a, Vi (&sums)[kSets][kRows][kTileVecs]) {
-#pragma GCC unroll 8
+TERSOR_INLINE void store_sparse(const SparseArgs& a, Vi (&sums)[kSets][kRows][kTileVecs]) {
+  TERSOR_UNROLL(8)
   for (int s = 1; s < kSets; ++s) {
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int v = 0; v < kTileVecs; ++v) sums[0][m][v] = Isa::add_i(sums[0][m][v], sums[s][m][v]);
     }
   }
   if constexpr (SignedDot::kSumShift >= 0) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kTileVecs; ++v) {
       const Vi sum = Isa::load_i(a.gemm->sparse->sum + a.t * kTileN + v * Isa::kLanes);
       const Vi excess = Isa::shl<SignedDot::kSumShift >= 0 ? SignedDot::kSumShift : 0>(sum);
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) sums[0][m][v] = Isa::sub_i(sums[0][m][v], excess);
     }
   }
@@ -73,11 +73,11 @@ template <int kSets, int kRows>
 
 // Runs step(set, i) for all entries, the sets of sums in turn.
 template <int kSets, typename Step>
-[[gnu::always_inline]] inline void each_entry(int64_t entries, Step step) {
+TERSOR_INLINE void each_entry(int64_t entries, Step step) {
   constexpr int kUnroll = kSets < 2 ? 2 : kSets;
   int64_t i = 0;
   for (; i + kUnroll <= entries; i += kUnroll) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int u = 0; u < kUnroll; ++u) step(u % kSets, i + u);
   }
   for (; i < entries; ++i) step(0, i);
@@ -88,16 +88,16 @@ void tiles_kernel(const SparseArgs& a) {
   constexpr int kSets = Isa::sparse_sets(kRows);
   Vi sums[kSets][kRows][kTileVecs];
   clear(sums);
-  each_entry<kSets>(a.entries, [&](int set, int64_t i) __attribute__((always_inline)) {
+  each_entry<kSets>(a.entries, [&](int set, int64_t i) TERSOR_INLINE_LAMBDA {
     const int64_t k = kIndexed ? held_index(a.index, i, a.last) : i;
     const char* x = a.x + k * kTileK8 * SignedDot::kXBytesPerK;
     typename SignedDot::W w[kTileVecs];
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kTileVecs; ++v) w[v] = SignedDot::load_w(a.w + i * kTileBytes + v * Isa::kLanes * 4);
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
       const typename SignedDot::X xm = SignedDot::load_x(x + m * a.ldx);
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int v = 0; v < kTileVecs; ++v) sums[set][m][v] = SignedDot::dot4(sums[set][m][v], w[v], xm);
     }
   });
@@ -109,13 +109,13 @@ void windows_kernel(const SparseArgs& a) {
   constexpr int kSets = Isa::sparse_sets(kRows);
   Vi sums[kSets][kRows][kTileVecs];
   clear(sums);
-  each_entry<kSets>(a.entries, [&](int set, int64_t i) __attribute__((always_inline)) {
+  each_entry<kSets>(a.entries, [&](int set, int64_t i) TERSOR_INLINE_LAMBDA {
     const uint8_t* w = a.w + i * 2 * kTileBytes;
     const char* x = a.x + window_begin(w, a.last);
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kTileVecs; ++v) {
       const Vi at = Isa::load_i(w + v * Isa::kLanes * 4), values = Isa::load_i(w + kTileBytes + v * Isa::kLanes * 4);
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
         sums[set][m][v] = SignedDot::dot_bytes(sums[set][m][v], Isa::lookup(x + m * a.ldx, at), values);
       }

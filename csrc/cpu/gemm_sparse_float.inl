@@ -41,7 +41,7 @@ inline float channel_dot(const SparseFloatWeights& s, Range r, const float* x, i
   float sum[kSums] = {};
   int64_t i = r.first;
   for (; i + kSums <= r.end; i += kSums) {
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int u = 0; u < kSums; ++u) sum[u] += value_at(s.values, i + u) * x[held_k(s.index, i + u, K)];
   }
   for (; i < r.end; ++i) sum[0] += value_at(s.values, i) * x[held_k(s.index, i, K)];
@@ -54,26 +54,26 @@ void channel_rows(const SparseFloatWeights& s, Range r, const float* xt, int64_t
   constexpr int kSets = kMostVecs / kVecs;  // four chains in flight at least
   constexpr int64_t kRow = kVecs * Isa::kLanes;
   Vf sum[kSets][kVecs];
-#pragma GCC unroll 4
+  TERSOR_UNROLL(4)
   for (int u = 0; u < kSets; ++u) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kVecs; ++v) sum[u][v] = Isa::set1(0.0f);
   }
-  auto add = [&](int u, int64_t i) __attribute__((always_inline)) {
+  auto add = [&](int u, int64_t i) TERSOR_INLINE_LAMBDA {
     const float* x = xt + held_k(s.index, i, K) * kRow;
     const Vf w = Isa::set1(value_at(s.values, i));
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kVecs; ++v) sum[u][v] = Isa::muladd(w, Isa::load(x + v * Isa::kLanes), sum[u][v]);
   };
   int64_t i = r.first;
   for (; i + 4 <= r.end; i += 4) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int u = 0; u < 4; ++u) add(u % kSets, i + u);
   }
   for (; i < r.end; ++i) add(0, i);
-#pragma GCC unroll 4
+  TERSOR_UNROLL(4)
   for (int v = 0; v < kVecs; ++v) {
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int u = 1; u < kSets; ++u) sum[0][v] = Isa::add(sum[0][v], sum[u][v]);
     Isa::store(out + v * Isa::kLanes, sum[0][v]);
   }

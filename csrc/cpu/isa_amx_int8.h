@@ -63,7 +63,7 @@ struct Isa : Avx512Icl {
    private:
     bool two_;
 
-    static void fence() { __asm__ volatile("" : : : "memory"); }  // gcc 12's tile intrinsics do not say that they touch memory
+    static void fence() { TERSOR_MEMORY_BARRIER(); }  // gcc 12's tile intrinsics do not say that they touch memory
     template <bool kTwoRows, bool kTwoTiles>
     static void clear() {
       _tile_zero(0);

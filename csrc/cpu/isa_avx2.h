@@ -212,7 +212,7 @@ struct Avx2 {
   static Vi lookup(const char* window, Vi index) {
     const __m256i part = _mm256_and_si256(index, _mm256_set1_epi8(0x70)), at = _mm256_and_si256(index, _mm256_set1_epi8(15));
     __m256i found = _mm256_setzero_si256();
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int i = 0; i < 8; ++i) {
       const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window) + i));
       const __m256i here = _mm256_cmpeq_epi8(part, _mm256_set1_epi8(static_cast<char>(16 * i)));
@@ -242,10 +242,16 @@ struct Avx2 {
     }
     static Vi widen(Vi acc) { return _mm256_madd_epi16(_mm256_maddubs_epi16(acc, _mm256_set1_epi8(1)), _mm256_set1_epi16(1)); }
   };
-  static void opaque(Vi& v) { __asm__ volatile("" : "+x"(v)); }
-  static void opaque(Vf& v) { __asm__ volatile("" : "+x"(v)); }
-  static void opaque(Dot8::W& w) { __asm__ volatile("" : "+x"(w.even), "+x"(w.odd)); }
-  static void opaque(Dot8::X& x) { __asm__ volatile("" : "+x"(x.even), "+x"(x.odd)); }
+  static void opaque(Vi& v) { TERSOR_OPAQUE("x", v); }
+  static void opaque(Vf& v) { TERSOR_OPAQUE("x", v); }
+  static void opaque(Dot8::W& w) {
+    TERSOR_OPAQUE("x", w.even);
+    TERSOR_OPAQUE("x", w.odd);
+  }
+  static void opaque(Dot8::X& x) {
+    TERSOR_OPAQUE("x", x.even);
+    TERSOR_OPAQUE("x", x.odd);
+  }
 
   // 16 registers hold 4 rows x 1 tile: 8 accumulators, 4 halves of codes, 2 of x, one product.
   static constexpr int kMaxRows = 4;

@@ -130,7 +130,7 @@ struct Avx512Vnni {
   static Vi lookup(const char* window, Vi index) {
     const __m512i part = _mm512_and_si512(index, _mm512_set1_epi8(0x70)), at = _mm512_and_si512(index, _mm512_set1_epi8(15));
     __m512i found = _mm512_setzero_si512();
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int i = 0; i < 8; ++i) {
       const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(window) + i));
       const __mmask64 here = _mm512_cmpeq_epi8_mask(part, _mm512_set1_epi8(static_cast<char>(16 * i)));
@@ -143,20 +143,20 @@ struct Avx512Vnni {
   // Pairs of rows, of pairs, then of quarters: 64 shuffles.
   static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
     __m512d a[16], b[16];
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int i = 0; i < 16; i += 2) {
       const __m512 x = _mm512_loadu_ps(in + i * ld_in), y = _mm512_loadu_ps(in + (i + 1) * ld_in);
       a[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x, y));
       a[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x, y));
     }
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int i = 0; i < 16; i += 4) {  // b[i + c]: columns c, c + 4, c + 8, c + 12 of rows i .. i + 3
       b[i] = _mm512_unpacklo_pd(a[i], a[i + 2]);
       b[i + 1] = _mm512_unpackhi_pd(a[i], a[i + 2]);
       b[i + 2] = _mm512_unpacklo_pd(a[i + 1], a[i + 3]);
       b[i + 3] = _mm512_unpackhi_pd(a[i + 1], a[i + 3]);
     }
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int c = 0; c < 4; ++c) {
       const __m512d low = _mm512_shuffle_f64x2(b[c], b[c + 4], 0x88), low2 = _mm512_shuffle_f64x2(b[c + 8], b[c + 12], 0x88);
       const __m512d high = _mm512_shuffle_f64x2(b[c], b[c + 4], 0xdd), high2 = _mm512_shuffle_f64x2(b[c + 8], b[c + 12], 0xdd);
@@ -179,8 +179,8 @@ struct Avx512Vnni {
     }
     static Vi widen(Vi acc) { return acc; }
   };
-  static void opaque(Vi& v) { __asm__ volatile("" : "+v"(v)); }
-  static void opaque(Vf& v) { __asm__ volatile("" : "+v"(v)); }
+  static void opaque(Vi& v) { TERSOR_OPAQUE("v", v); }
+  static void opaque(Vf& v) { TERSOR_OPAQUE("v", v); }
 
   // Register blocks, rows x tiles of 16 channels. 32 registers hold 8 x 3 accumulators, 3 tiles and a broadcast. Few rows take four
   // tiles and, up to two rows, two sets of accumulators: at least 8 sums in flight cover the latency of vpdpbusd (4-5 cycles).

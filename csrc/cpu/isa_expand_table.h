@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "../core/compiler.h"
+
 namespace tersor::TERSOR_ISA {
 namespace {
 

@@ -141,7 +141,7 @@ struct Neon {
   // Blocks of 4 x 4: pairs of lanes, then halves.
   static void transpose16(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
     for (int64_t r = 0; r < 16; r += 4) {
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int64_t c = 0; c < 16; c += 4) {
         const float* from = in + r * ld_in + c;
         const Vf a = load(from), b = load(from + ld_in), d = load(from + 2 * ld_in), e = load(from + 3 * ld_in);
@@ -164,7 +164,7 @@ struct Neon {
   };
   template <typename V>
   static void opaque(V& v) {
-    __asm__ volatile("" : "+w"(v));
+    TERSOR_OPAQUE("w", v);
   }
 
   // 32 registers hold 4 rows x 1 tile: 16 accumulators, 4 vectors of codes, one of x, products. Few rows take more tiles, so that

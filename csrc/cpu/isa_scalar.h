@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../core/compiler.h"
+
 namespace tersor::TERSOR_ISA {
 namespace {
 
@@ -281,7 +283,7 @@ struct Scalar {
   // Hides a value from the optimiser; for loops that measure (limits.inl).
   template <typename T>
   static void opaque(T& value) {
-    __asm__ volatile("" : "+m"(value));
+    TERSOR_OPAQUE("m", value);
   }
 
   // Register blocks: rows x tiles of the integer and of the float GEMM, and how many sets of accumulators share the k steps.

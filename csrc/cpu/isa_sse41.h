@@ -195,7 +195,7 @@ struct Isa {
   static Vi lookup(const char* window, Vi index) {
     const Vi part = _mm_and_si128(index, _mm_set1_epi8(0x70)), at = _mm_and_si128(index, _mm_set1_epi8(15));
     Vi found = zero_i();
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int i = 0; i < 8; ++i) {
       const Vi here = _mm_cmpeq_epi8(part, _mm_set1_epi8(static_cast<char>(16 * i)));
       found = _mm_or_si128(found, _mm_and_si128(here, _mm_shuffle_epi8(load_i(window + 16 * i), at)));
@@ -221,9 +221,12 @@ struct Isa {
   };
   template <typename V>
   static void opaque(V& v) {
-    __asm__ volatile("" : "+x"(v));
+    TERSOR_OPAQUE("x", v);
   }
-  static void opaque(Dot8::W& w) { __asm__ volatile("" : "+x"(w.even), "+x"(w.odd)); }
+  static void opaque(Dot8::W& w) {
+    TERSOR_OPAQUE("x", w.even);
+    TERSOR_OPAQUE("x", w.odd);
+  }
 
   // 16 registers: 2 rows x 1 tile are 8 accumulators.
   static constexpr int kMaxRows = 2;

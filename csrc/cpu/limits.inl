@@ -10,7 +10,7 @@ constexpr int kLimitSums = Isa::kMaxRows * Isa::max_tiles(Isa::kMaxRows) * kTile
 // Zeros that the compiler takes for different values: equal sums would be computed once.
 template <typename V, int kCount>
 void start(V (&sums)[kCount]) {
-#pragma GCC unroll 32
+  TERSOR_UNROLL(32)
   for (int i = 0; i < kCount; ++i) {
     sums[i] = V{};
     Isa::opaque(sums[i]);
@@ -21,7 +21,7 @@ void start(V (&sums)[kCount]) {
 template <int kCount>
 void consume(const Vi (&sums)[kCount]) {
   Vi all = sums[0];
-#pragma GCC unroll 32
+  TERSOR_UNROLL(32)
   for (int i = 1; i < kCount; ++i) all = Isa::xor_i(all, sums[i]);
   Isa::opaque(all);
 }
@@ -38,7 +38,7 @@ int64_t limit_int8(int64_t iterations) {
   typename D::X x = D::load_x(row);
   Isa::opaque(w);  // or it would be known to be zero
   for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 32
+    TERSOR_UNROLL(32)
     for (int s = 0; s < kLimitSums; ++s) {
       Isa::opaque(x);  // each sum has a product of its own, which cannot leave the loop
       if constexpr (D::kPairs) {
@@ -60,11 +60,11 @@ int64_t limit_f32(int64_t iterations) {
   for (int64_t i = 0; i < iterations; ++i) {
     Isa::opaque(w);
     Isa::opaque(x);
-#pragma GCC unroll 32
+    TERSOR_UNROLL(32)
     for (int s = 0; s < kSums; ++s) sums[s] = Isa::muladd(w, x, sums[s]);
   }
   Vi bits[kSums];
-#pragma GCC unroll 32
+  TERSOR_UNROLL(32)
   for (int s = 0; s < kSums; ++s) bits[s] = Isa::bits(sums[s]);
   consume(bits);
   return iterations * kSums * Isa::kLanes;
@@ -76,7 +76,7 @@ int64_t limit_popcount(int64_t iterations) {
   start(sums);
   Vi w = Isa::set1_i(0x5a5a5a5a), x = Isa::zero_i();
   for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 32
+    TERSOR_UNROLL(32)
     for (int s = 0; s < kLimitSums; ++s) {
       Isa::opaque(x);
       sums[s] = Isa::Popcount::add(sums[s], Isa::xor_i(w, x));
@@ -94,11 +94,12 @@ int64_t limit_read(int64_t iterations, const void* data, int64_t bytes) {
   start(sums);
   for (int64_t i = 0; i < iterations; ++i) {
     const char* p = static_cast<const char*>(data);
-    __asm__ volatile("" : "+r"(p) : : "memory");
+    TERSOR_OPAQUE("r", p);
+    TERSOR_MEMORY_BARRIER();
     for (int64_t at = 0; at < stream; at += kTileBytes) {
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int s = 0; s < kStreams; ++s) {
-#pragma GCC unroll 4
+        TERSOR_UNROLL(4)
         for (int v = 0; v < kTileVecs; ++v) {
           Vi& sum = sums[s * kTileVecs + v];
           sum = Isa::xor_i(sum, Isa::load_i(p + s * stream + at + v * Isa::kLanes * 4));

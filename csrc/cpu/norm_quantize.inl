@@ -51,10 +51,10 @@ struct Flag {
 
 // f(v, k, whole) for each vector of a row, v = k / kLanes mod kSumVecs.
 template <typename F>
-[[gnu::always_inline]] inline void each_vector(int64_t K, F f) {
+TERSOR_INLINE void each_vector(int64_t K, F f) {
   int64_t k = 0;
   for (; k + kSumLanes <= K; k += kSumLanes) {
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kSumVecs; ++v) f(v, k + v * Isa::kLanes, Flag<true>{});
   }
   int v = 0;
@@ -69,11 +69,11 @@ struct Moments {
 
 // sum of (s - mean)^2, less what the rounding of the mean adds.
 template <Dtype kDtype>
-[[gnu::noinline]] float spread_around(const void* s, int64_t K, float mean) {
+TERSOR_NOINLINE float spread_around(const void* s, int64_t K, float mean) {
   Vf sum[kSumVecs], square[kSumVecs];
   for (int v = 0; v < kSumVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
   const Vf centre = Isa::set1(mean);
-  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+  each_vector(K, [&](int v, int64_t k, auto whole) TERSOR_INLINE_LAMBDA {
     Vf d = Isa::sub(load_part<kDtype, whole.value>(s, k, K), centre);
     if constexpr (!whole.value) d = first_lanes(d, K - k);
     sum[v] = Isa::add(sum[v], d);
@@ -89,14 +89,14 @@ template <Dtype kDtype, bool kResidual, bool kRms>
 Moments moments(const void* x, const void* residual, int64_t K, float eps, float* s) {
   const float share = 1.0f / static_cast<float>(K);
   Vf sum[kSumVecs], square[kSumVecs];
-#pragma GCC unroll 16
+  TERSOR_UNROLL(16)
   for (int v = 0; v < kSumVecs; ++v) sum[v] = square[v] = Isa::set1(0.0f);
-  auto load_s = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+  auto load_s = [&](int64_t k, auto whole) TERSOR_INLINE_LAMBDA {
     const Vf from = load_part<kDtype, whole.value>(x, k, K);
     if constexpr (!kResidual) return from;
     return rounded<kDtype>(Isa::add(from, load_part<kDtype, whole.value>(residual, k, K)));
   };
-  each_vector(K, [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+  each_vector(K, [&](int v, int64_t k, auto whole) TERSOR_INLINE_LAMBDA {
     const Vf d = load_s(k, whole);
     if constexpr (kResidual) store_part<Dtype::f32, whole.value>(s, k, K, d);
     if constexpr (!kRms) sum[v] = Isa::add(sum[v], d);
@@ -132,17 +132,17 @@ void normalize(const NormArgs& a, Group<kRows>& rows) {
   Group<kRows> g = rows;
   Vf inverse[kRows], shift[kRows];
   Vi largest[kRows][2];
-#pragma GCC unroll 2
+  TERSOR_UNROLL(2)
   for (int i = 0; i < kRows; ++i) {
     inverse[i] = Isa::set1(g.moments[i].inverse);
     shift[i] = Isa::set1(g.moments[i].shift);
     largest[i][0] = largest[i][1] = Isa::zero_i();
   }
-  auto part = [&](int v, int64_t k, auto whole) __attribute__((always_inline)) {
+  auto part = [&](int v, int64_t k, auto whole) TERSOR_INLINE_LAMBDA {
     const Vf w = load_part<Dtype::f32, whole.value>(weight, k, K);
     Vf b;
     if constexpr (!kRms) b = load_part<Dtype::f32, whole.value>(bias, k, K);
-#pragma GCC unroll 2
+    TERSOR_UNROLL(2)
     for (int i = 0; i < kRows; ++i) {
       __builtin_prefetch(element(g.next[i], kDtype, k));
       Vf value = load_part<kFrom, whole.value>(g.s[i], k, K);
@@ -164,14 +164,14 @@ void normalize(const NormArgs& a, Group<kRows>& rows) {
   }
   for (; k + Isa::kLanes <= K; k += Isa::kLanes) part(0, k, Flag<true>{});
   if (k < K) part(0, k, Flag<false>{});
-#pragma GCC unroll 2
+  TERSOR_UNROLL(2)
   for (int i = 0; i < kRows; ++i) rows.absmax[i] = Isa::reduce_max(Isa::max_i(largest[i][0], largest[i][1]));
 }
 
 // f32 values of kDtype where they are wanted.
 template <Dtype kDtype>
-[[gnu::noinline]] void narrow_row(const float* from, int64_t K, void* to) {
-  each_vector(K, [&](int, int64_t k, auto whole) __attribute__((always_inline)) {
+TERSOR_NOINLINE void narrow_row(const float* from, int64_t K, void* to) {
+  each_vector(K, [&](int, int64_t k, auto whole) TERSOR_INLINE_LAMBDA {
     store_part<kDtype, whole.value>(to, k, K, load_part<Dtype::f32, whole.value>(from, k, K));
   });
 }
@@ -204,7 +204,7 @@ struct NormRows {
 
   template <int kRows>
   void quantize_group(int64_t m, const Group<kRows>& g) const {
-#pragma GCC unroll 2
+    TERSOR_UNROLL(2)
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = m + i;
       if (kNarrow && a.y) narrow_row<kDtype>(g.y[i], a.K, at(a.y, row));
@@ -217,7 +217,7 @@ struct NormRows {
   template <int kRows>
   void group(int64_t m, Moments (&next)[2]) const {
     Group<kRows> g;
-#pragma GCC unroll 2
+    TERSOR_UNROLL(2)
     for (int i = 0; i < kRows; ++i) {
       g.s[i] = kResidual ? static_cast<const void*>(s(m + i)) : x(m + i);
       g.y[i] = y(m + i);

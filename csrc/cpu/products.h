@@ -56,23 +56,23 @@ struct Codes {
   static constexpr int together(int rows) { return pairs(rows) && kBits == 8 ? 2 : 1; }
 
   template <int kWords, int kSets, int kRows, int kVecs>
-  [[gnu::always_inline]] static void pair_words(Vi (&sums)[kSets][kRows][kVecs], const Operands& o) {
+  TERSOR_INLINE static void pair_words(Vi (&sums)[kSets][kRows][kVecs], const Operands& o) {
     constexpr bool kWhole = kWords * kSteps > 1;
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int j = 0; j < kWords * kSteps; j += 2) {
       const char* at = o.x + j * kXStepBytes;
       typename D::X x[kRows];  // of two rows in each second; of one where a row is left over
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m + 1 < kRows; m += 2) {
         x[m] = D::template load_pair<kWhole>(at + m * o.ldx, at + (m + 1) * o.ldx);
       }
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kVecs; ++v) {
         const uint8_t* w = o.vec(v);
         const typename D::W first = D::codes(w, kBits == 8 ? 0 : j);
         const typename D::W second = !kWhole ? D::no_codes() : kBits == 8 ? D::codes(w + kTileBytes, 0) : D::codes(w, j + 1);
         const typename D::W low = D::zip_low(first, second), high = D::zip_high(first, second);
-#pragma GCC unroll 8
+        TERSOR_UNROLL(8)
         for (int m = 0; m + 1 < kRows; m += 2) {
           sums[0][m][v] = D::matmul(sums[0][m][v], low, x[m]);
           sums[0][m + 1][v] = D::matmul(sums[0][m + 1][v], high, x[m]);
@@ -88,20 +88,20 @@ struct Codes {
   }
 
   template <int kWords, int kSets, int kRows, int kVecs>
-  [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+  TERSOR_INLINE static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
     if constexpr (pairs(kRows)) return pair_words<kWords>(sums, o);
     Vi words[kVecs];
     if constexpr (in_place(kRows)) {
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kVecs; ++v) {
         words[v] = Isa::load_i(o.vec(v));
         Isa::opaque(words[v]);  // or each step would load them again, and loads are what few rows wait for
       }
     }
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int j = 0; j < kSteps; ++j) {
       typename D::W codes[kVecs];
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kVecs; ++v) {
         if constexpr (in_place(kRows)) {
           codes[v] = D::masked(words[v], j);
@@ -110,10 +110,10 @@ struct Codes {
         }
       }
       auto& sum = sums[in_place(kRows) ? j : (u * kSteps + j) % kSets];
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
         const typename D::X x = D::load_x(o.x + m * o.ldx + j * kXStepBytes);
-#pragma GCC unroll 16
+        TERSOR_UNROLL(16)
         for (int v = 0; v < kVecs; ++v) sum[m][v] = D::dot4(sum[m][v], codes[v], x);
       }
     }
@@ -122,12 +122,12 @@ struct Codes {
   static Vi widen(Vi partial) { return D::widen(partial); }
 
   template <int kSets, int kRows, int kVecs>
-  [[gnu::always_inline]] static void join(Vi (&sums)[kSets][kRows][kVecs]) {
-#pragma GCC unroll 8
+  TERSOR_INLINE static void join(Vi (&sums)[kSets][kRows][kVecs]) {
+    TERSOR_UNROLL(8)
     for (int s = 1; s < kSets; ++s) {
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
+        TERSOR_UNROLL(16)
         for (int v = 0; v < kVecs; ++v) {
           const Vi sum = in_place(kRows) ? Isa::sar_by(sums[s][m][v], kBits * s) : sums[s][m][v];
           sums[0][m][v] = Isa::add_i(sums[0][m][v], sum);
@@ -135,9 +135,9 @@ struct Codes {
       }
     }
     if constexpr (pairs(kRows)) {
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m + 1 < kRows; m += 2) {
-#pragma GCC unroll 16
+        TERSOR_UNROLL(16)
         for (int v = 0; v < kVecs; ++v) D::unzip(sums[0][m][v], sums[0][m + 1][v]);
       }
     }
@@ -194,16 +194,16 @@ struct Xnor {
   static constexpr int together(int) { return 1; }
 
   template <int kWords, int kSets, int kRows, int kVecs>
-  [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+  TERSOR_INLINE static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
     Vi w[kVecs];
-#pragma GCC unroll 16
+    TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) w[v] = Isa::load_i(o.vec(v));
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
       int32_t bits;
       __builtin_memcpy(&bits, o.x + m * o.ldx, 4);
       const Vi x = Isa::set1_i(bits);
-#pragma GCC unroll 16
+      TERSOR_UNROLL(16)
       for (int v = 0; v < kVecs; ++v) sums[u % kSets][m][v] = P::add(sums[u % kSets][m][v], Isa::xor_i(w[v], x));
     }
   }
@@ -211,12 +211,12 @@ struct Xnor {
   static Vi widen(Vi partial) { return P::widen(partial); }
 
   template <int kSets, int kRows, int kVecs>
-  [[gnu::always_inline]] static void join(Vi (&sums)[kSets][kRows][kVecs]) {
-#pragma GCC unroll 8
+  TERSOR_INLINE static void join(Vi (&sums)[kSets][kRows][kVecs]) {
+    TERSOR_UNROLL(8)
     for (int s = 1; s < kSets; ++s) {
-#pragma GCC unroll 8
+      TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
+        TERSOR_UNROLL(16)
         for (int v = 0; v < kVecs; ++v) sums[0][m][v] = Isa::add_i(sums[0][m][v], sums[s][m][v]);
       }
     }

@@ -39,9 +39,9 @@ int32_t quantize_row(const void* x, int64_t K, float inverse, int8_t* q, bool* f
   const Vf inv = Isa::set1(inverse), zero = Isa::set1(0.0f);
   Vi sum = Isa::zero_i();
   Vf nan[4] = {zero, zero, zero, zero};
-  auto pack = [&](const Vf(&v)[4]) __attribute__((always_inline)) {
+  auto pack = [&](const Vf(&v)[4]) TERSOR_INLINE_LAMBDA {
     if constexpr (kCheck) {
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int i = 0; i < 4; ++i) nan[i] = Isa::muladd(v[i], zero, nan[i]);
     }
     const Vi packed = Isa::pack_s8(quantize<kClamp>(v[0], inv), quantize<kClamp>(v[1], inv), quantize<kClamp>(v[2], inv),

@@ -78,6 +78,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PUBLIC or (name in _SUBMODULES and name != "numpy"):  # which works without torch
+        importlib.import_module(".native", __name__).check_torch()
     if name in _PUBLIC:
         value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
         globals()[name] = value

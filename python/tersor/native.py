@@ -1,6 +1,6 @@
 """Finds and loads the compiled parts: `_numpy` (pybind11), `_torch` and `_torch_cuda` (torch ops).
 
-Each may be absent; everything then runs on the reference.
+Each may be absent, or made for another platform; everything then runs on the reference.
 """
 
 from __future__ import annotations
@@ -10,9 +10,23 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 from types import ModuleType
 
 logger = logging.getLogger("tersor")
+
+OLDEST_TORCH = (2, 10)  # whose stable ABI the kernels are built for, see CMakeLists.txt
+
+
+def check_torch() -> None:
+    """Raises ImportError where torch is older than the kernels and the ops can work with."""
+    import torch
+
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if found and (int(found[1]), int(found[2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        way_out = f"get one by: pip install --upgrade 'torch>={oldest}'"
+        raise ImportError(f"tersor needs torch {oldest} or later, this is torch {torch.__version__}; {way_out}")
 
 
 def _disabled() -> bool:
@@ -20,11 +34,21 @@ def _disabled() -> bool:
 
 
 @functools.cache
+def _numpy_module() -> tuple[ModuleType | None, str]:
+    """The pybind11 module, or None and what the warning says of it."""
+    if _disabled():
+        return None, "(TERSOR_DISABLE_NATIVE is set)"
+    if importlib.util.find_spec("tersor._numpy") is None:
+        return None, "in this installation"
+    try:
+        return importlib.import_module("tersor._numpy"), ""
+    except ImportError as error:
+        return None, f"that this system can load ({error})"
+
+
 def numpy_module() -> ModuleType | None:
-    """The pybind11 module, or None where this installation has none."""
-    if _disabled() or importlib.util.find_spec("tersor._numpy") is None:
-        return None
-    return importlib.import_module("tersor._numpy")
+    """The pybind11 module, or None where this installation has none for this platform."""
+    return _numpy_module()[0]
 
 
 def cpu_info() -> dict | None:
@@ -47,26 +71,33 @@ def load_torch_ops() -> bool:
 
     `_numpy` is imported first: in an editable install that import is what triggers the rebuild of both.
     """
-    info = cpu_info()
-    spec = None if info is None else importlib.util.find_spec("tersor._torch")
-    if spec is None or spec.origin is None:
-        logger.warning(
-            "tersor: no native kernels %s; every op runs as its plain-torch reference, exact but slow. %s",
-            "(TERSOR_DISABLE_NATIVE is set)" if _disabled() else "in this installation",
-            "Unset it to use them." if _disabled() else "Reinstall from a wheel, or from source with a C++17 compiler at hand.",
-        )
-        return False
     import torch
 
-    torch.ops.load_library(spec.origin)
-    return True
+    module, missing = _numpy_module()
+    if module is not None:
+        cpu_info()  # raises on a wrong TERSOR_ISA
+        spec = importlib.util.find_spec("tersor._torch")
+        if spec is not None and spec.origin is not None:
+            try:
+                torch.ops.load_library(spec.origin)
+                return True
+            except OSError as error:
+                missing = f"that this torch can load ({error})"
+        else:
+            missing = "for torch in this installation"
+    logger.warning(
+        "tersor: no native kernels %s; every op runs as its plain-torch reference, exact but slow. %s",
+        missing,
+        "Unset it to use them." if _disabled() else "Reinstall from a wheel, or from source with a C++17 compiler at hand.",
+    )
+    return False
 
 
 @functools.cache
 def load_cuda_ops() -> bool:
     """Loads the CUDA kernels into torch's dispatcher; False where this installation has none. Asks for no GPU and no CUDA build of
     torch: what is missing is said by the first call that gets a CUDA tensor."""
-    spec = None if _disabled() else importlib.util.find_spec("tersor._torch_cuda")
+    spec = importlib.util.find_spec("tersor._torch_cuda") if load_torch_ops() else None
     if spec is None or spec.origin is None:
         return False
     import torch

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from .. import native
+
+native.check_torch()  # before anything that an old torch lacks
+
 from ._register import OPS, Op, has_cuda_kernel, serve_on_cuda
 from .differentiable import (
     input_grad,

@@ -166,16 +166,16 @@ struct SplitCodes : Codes<8> {
   }
 
   template <int kWords, int kSets, int kRows, int kVecs>
-  [[gnu::always_inline]] static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
+  TERSOR_INLINE static void word(Vi (&sums)[kSets][kRows][kVecs], int u, const Operands& o) {
     static_assert(kVecs == kTileVecs);
     typename D::W codes[kVecs];
-#pragma GCC unroll 4
+    TERSOR_UNROLL(4)
     for (int v = 0; v < kVecs; ++v) codes[v] = at(o.w)[v];
     auto& sum = sums[u % kSets];
-#pragma GCC unroll 8
+    TERSOR_UNROLL(8)
     for (int m = 0; m < kRows; ++m) {
       const typename D::X x = D::load_x(o.x + m * o.ldx);
-#pragma GCC unroll 4
+      TERSOR_UNROLL(4)
       for (int v = 0; v < kVecs; ++v) sum[m][v] = D::dot4(sum[m][v], codes[v], x);
     }
   }

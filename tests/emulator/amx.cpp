@@ -168,6 +168,9 @@ extern "C" [[gnu::visibility("default")]] const char* tersor_emulated_features()
   action.sa_sigaction = on_illegal_instruction;
   action.sa_flags = SA_SIGINFO;
   if (sigaction(SIGILL, &action, &previous) != 0) return "";
+#ifdef TERSOR_SIMDE  // what the variants were compiled without: see avx512_by_simde.h
+  return "AMX_TILE AMX_INT8 AVX_VNNI AVX512F AVX512BW AVX512DQ AVX512VL AVX512_VNNI AVX512_VPOPCNTDQ AVX512_VBMI AVX512_VBMI2";
+#endif
 #ifdef TERSOR_EVEX_VNNI
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl")) return "AMX_TILE AMX_INT8 AVX_VNNI";
 #endif

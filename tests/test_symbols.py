@@ -9,9 +9,13 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import instruction_counts
 
 ROOT = Path(__file__).parents[1]
 BUILD = os.environ.get("TERSOR_CPP_BUILD", "")
@@ -87,3 +91,16 @@ def test_baseline_objects_hold_no_wide_code(name):
 def test_wide_code_is_recognised(isa):
     """The search above finds something where there is something to find."""
     assert len(wide(find(VARIANT.format(isa)))) > 100
+
+
+@pytest.mark.parametrize("isa", [i for i in variant_objects() if i != "scalar"])
+def test_every_micro_kernel_is_counted(isa):
+    """docs/adding_an_isa.md has a row for each of a variant's kernels, of the block it has now."""
+    if BUILD:
+        find(VARIANT.format(isa))
+    table = re.findall(rf"^\| {isa} \| ([^|]+) \| ([^|]+) \|", (ROOT / "docs/adding_an_isa.md").read_text(), re.MULTILINE)
+    assert table, "no row"
+    if BUILD:
+        built = [row for row in instruction_counts.rows(Path(BUILD), "objdump", mca=False) if row[0] == isa]
+        assert table == [(kernel, block) for _, kernel, block, *_ in built]
+        assert all(int(products) > 0 for *_, products in [row[:4] for row in built])

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 BUILD = os.environ.get("TERSOR_CPP_BUILD", "")
 ISAS = re.findall(r"^TERSOR_ISA_ROW\((\w+),", (ROOT / "csrc/core/isa.inc").read_text(), re.MULTILINE)
 VARIANT = "tersor_{}.dir/csrc/cpu/variant.cpp.o"
-BASELINE = [VARIANT.format("scalar"), "tersor_kernels.dir/csrc/core/dispatch.cpp.o", "tersor_kernels.dir/csrc/core/linear.cpp.o"]
+CORE = sorted(path.name for path in (ROOT / "csrc/core").glob("*.cpp"))
+# None of these may need AVX; sse41 runs on CPUs that have none.
+BASELINE = [VARIANT.format("scalar"), VARIANT.format("sse41"), *(f"tersor_kernels.dir/csrc/core/{name}.o" for name in CORE)]
 # VEX and EVEX mnemonics start with v, mask instructions with k; these general-purpose ones are VEX-encoded too (BMI1, BMI2).
 VEX = re.compile(
     r"v\w+|k(mov|and|xn?or|or|not|test|shift|unpck|add)\w*|andn|bextr|bls(i|r|msk)|bzhi|mulx|pdep|pext|rorx|s(ar|hl|hr)x"
@@ -79,10 +81,10 @@ def test_variant_exports_its_table_only(isa):
 
 @pytest.mark.parametrize("name", BASELINE)
 def test_baseline_objects_hold_no_wide_code(name):
-    path = find(name)
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("wide registers are x86's")
-    assert len(instructions(path)) > 100, "objdump shows no code"
+    path = find(name)
+    assert len(instructions(path)) > 20, "objdump shows no code"
     found = wide(path)
     assert not found, f"{len(found)} wide or VEX instructions, the first: {found[:5]}"
 
@@ -98,7 +100,8 @@ def test_every_micro_kernel_is_counted(isa):
     """docs/adding_an_isa.md has a row for each of a variant's kernels, of the block it has now."""
     if BUILD:
         find(VARIANT.format(isa))
-    table = re.findall(rf"^\| {isa} \| ([^|]+) \| ([^|]+) \|", (ROOT / "docs/adding_an_isa.md").read_text(), re.MULTILINE)
+    counts = (ROOT / "docs/adding_an_isa.md").read_text().partition("## Expected speed")[2]
+    table = re.findall(rf"^\| {isa} \| ([^|]+) \| ([^|]+) \|", counts, re.MULTILINE)
     assert table, "no row"
     if BUILD:
         built = [row for row in instruction_counts.rows(Path(BUILD), "objdump", mca=False) if row[0] == isa]

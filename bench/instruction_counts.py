@@ -23,29 +23,30 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Machine:
-    """Instructions a cycle, of vectors as wide as the variant's: any, multiplications, loads."""
+    """Instructions a cycle, of vectors as wide as the variant's: any, multiplications, loads, popcounts or what stands for them."""
 
     name: str
     vector: float
     products: float
     loads: float
+    popcounts: float = 2
     mca: str = ""  # of llvm-mca 14
 
 
-# Sources: Fog, Instruction tables (2022-11), and the Software Optimization Guides of AMD family 19h (57647) and of Arm's cores. A
-# 512-bit instruction takes two of Zen 4's four pipes; popcounts multiply in the sense of this table.
-ZEN4_512 = Machine("Zen 4", 2, 1, 1, "icelake-server")
+# From uops.info and Fog's instruction tables for x86, from Arm's software optimisation guides for its cores. A 512-bit instruction
+# takes two of Zen 4's four pipes.
+ZEN4_512 = Machine("Zen 4", 2, 1, 1, 1, "icelake-server")
 MACHINES = {
     "avx512_vnni": ZEN4_512,
-    "avx512_icl": Machine("Zen 4", 2, 2, 1, "icelake-server"),
-    "avx_vnni": Machine("Alder Lake P", 3, 2, 3, "alderlake"),
-    "avx2": Machine("Zen 4", 4, 2, 2, "znver3"),
-    "sse41": Machine("Nehalem", 3, 1, 1, "nehalem"),
+    "avx512_icl": ZEN4_512,
+    "avx_vnni": Machine("Alder Lake P", 3, 2, 3, mca="alderlake"),
+    "avx2": Machine("Zen 4", 4, 2, 2, mca="znver3"),
+    "sse41": Machine("Nehalem", 3, 1, 1, mca="nehalem"),
     "neon_i8mm": Machine("Neoverse N2", 2, 2, 3),
     "neon_dotprod": Machine("Neoverse N1", 2, 2, 2),
     "neon": Machine("Cortex-A72", 2, 1, 1),
 }
-# Intel 319433-046, AMX: tdpbsud 16 cycles apart on Sapphire Rapids, tile loads 8.
+# Of Sapphire Rapids, Intel's optimisation manual: cycles from one to the next.
 TILE_CYCLES = {"tdpbsud": 16, "tileloadd": 8}
 
 # Multiply-adds of an instruction by bits of its vectors.
@@ -177,8 +178,9 @@ def rows(folder: Path, objdump: str, mca: bool) -> Iterator[list[str]]:
                 m = MACHINES[isa]
                 vectors = [i for i in loop if i.vector_bits and not i.moves and not i.loads_only]
                 loads, others = sum(i.reads_memory and i.vector_bits > 0 for i in loop), len(vectors) - len(products)
-                cycles = max(len(vectors) / m.vector, len(products) / m.products, loads / m.loads)
-                limit, machine = macs * m.products / len(products), m.name
+                rate = m.popcounts if kind == "signs x signs" else m.products
+                cycles = max(len(vectors) / m.vector, len(products) / rate, loads / m.loads)
+                limit, machine = macs * rate / len(products), m.name
             row = [isa, kind, block, str(len(products)), str(others), str(loads), str(macs), machine]
             row += [f"{macs / cycles:.0f}", f"{limit:.0f}", f"{100 * macs / cycles / limit:.0f} %"]
             if mca:

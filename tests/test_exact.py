@@ -220,8 +220,25 @@ def test_weight_only(case: Case):
     assert not torch.isnan(y[1:]).any()
 
 
+def sparse_and_fused(case: Case) -> list[torch.Tensor]:
+    """Results of the ops that derive from int8 layers: every sparse storage, a residual, gate and up in one, a norm."""
+    x, tiles, scale, bias = case.make()
+    g = torch.Generator().manual_seed(3)
+    rows = ops.to_rows(tiles, case.n, case.k)
+    rows = torch.where(torch.rand(rows.shape, generator=g) < 0.3, rows, 0).to(torch.int8)
+    results = [ops.linear_sparse(x, *ops.pack_sparse(rows, how), scale, bias, "silu") for how in ("tiles", "masks", "windows")]
+    residual = torch.randn(case.m, case.n, generator=g).to(case.dtype)
+    results.append(ops.linear_dynamic(x, tiles, scale, bias, "gelu", case.bits, residual))
+    weight = torch.randn(case.k, generator=g).to(case.dtype)
+    results += ops.norm_quantize(x, None, weight, None, 1e-5, "rms", False, True)
+    if case.n % 16 == 0:
+        both = [ops.interleave_glu(t, t) for t in (tiles, scale, bias)]
+        results += [ops.linear_glu(x, *both, "silu"), *ops.linear_glu_quantize(x, *both, "gelu")]
+    return results
+
+
 def digest() -> str:
-    """Hash of every class I and E result of the case list; equal on all native variants."""
+    """Hash of every class I and E result of the case list, and of norms; equal on all native variants."""
     h = hashlib.sha256()
     for case in ALL_WIDTHS:
         x, tiles, scale, bias = case.make()
@@ -232,6 +249,8 @@ def digest() -> str:
             x, tiles, scale, threshold, bias = case.make_xnor()
             results += ops.binarize_rows(x, threshold)
             results += [ops.linear_xnor(x, tiles, scale, threshold, bias, epilogue) for epilogue in ops.EPILOGUES]
+        if case.bits == 8:
+            results += sparse_and_fused(case)
         for t in results:
             h.update(t.contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()

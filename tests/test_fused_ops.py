@@ -23,6 +23,7 @@ def added(y: Tensor, residual: Tensor) -> Tensor:
     return (y + residual.float()).to(residual.dtype)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("case", ALL_WIDTHS[::3], ids=str)
 @pytest.mark.parametrize("epilogue", ["none", "relu", "silu"])
 def test_residual(case: Case, epilogue: str):
@@ -169,6 +170,7 @@ def check_norm(
     assert not ((q.int() - theirs[0].int()).abs() > most)[small].any()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("k", SIZES)
@@ -284,6 +286,7 @@ GLU_CASES = [
 ]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("activation", ops.EPILOGUES)
 @pytest.mark.parametrize("case", GLU_CASES, ids=str)
 def test_linear_glu(case: Case, activation: str):

@@ -52,6 +52,7 @@ def storage(layer: QuantLinear) -> str:
     return sparse_storage.storage_of(layer.weight_packed, layer.weight_index)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.4, 1.0])
 @pytest.mark.parametrize("how", STORAGES)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -70,6 +71,7 @@ def test_equals_dense_int8(m: int, n: int, k: int, how: str, density: float):
     )
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("how", STORAGES)
 def test_extreme_values(how: str):
     """Every product as large as it gets, of either sign: nothing saturates."""

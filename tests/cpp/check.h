@@ -78,6 +78,9 @@ struct Test {
 // What could not be tested and why; printed once at the end.
 void skip(const char* what, const char* why);
 
+// Bytes before a forbidden page that operands keep clear of it: 0, except where an emulator reads more than an instruction does.
+int64_t page_slack();
+
 // The table of every variant this CPU can run, entries that it leaves open filled from the ones below it. The last one is scalar.
 const std::vector<Kernels>& runnable();
 
@@ -118,12 +121,13 @@ class Exact {
     data_ = reinterpret_cast<T*>(base_ + shift);
 #else
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t body = (bytes + 64 + page - 1) / page * page;
+    const size_t body = (bytes + 64 + static_cast<size_t>(page_slack()) + page - 1) / page * page;
     mapped_ = body + page;
     void* p = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED || mprotect(static_cast<char*>(p) + body, page, PROT_NONE) != 0) std::abort();
     base_ = static_cast<char*>(p);
-    data_ = reinterpret_cast<T*>(base_ + body - bytes - (shift ? 64 - shift % 64 : 0));
+    const size_t clear = static_cast<size_t>(page_slack()) + (shift ? 64 - shift % 64 : 0);
+    data_ = reinterpret_cast<T*>(base_ + body - bytes - clear);
 #endif
   }
   explicit Exact(const std::vector<T>& from, int64_t offset = 0) : Exact(static_cast<int64_t>(from.size()), offset) {

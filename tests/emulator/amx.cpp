@@ -1,5 +1,6 @@
-// Runs AMX code on a CPU without AMX: its instructions trap, and the handler does what they say. Linked into kernel_tests, and
-// preloaded into Python. tersor_emulated_features() is what csrc/core/dispatch.cpp asks.
+// Runs AMX code on a CPU without AMX: its instructions trap, and the handler does what they say. Finds out too whether AVX-VNNI
+// runs where CPUID does not name it. Linked into kernel_tests, and preloaded into Python. tersor_emulated_features() is what
+// csrc/core/dispatch.cpp asks.
 //
 // Stricter than the hardware where that finds mistakes: any use of a register that is not set up as the instruction needs ends the
 // process.
@@ -151,8 +152,28 @@ int execute(const uint8_t* code, const greg_t* regs) {
   return 4 + m.length;
 }
 
+// vpdpbusd ymm0, ymm1, ymm0 by its VEX form, AVX-VNNI's: a hypervisor may hide it from CPUID on a CPU that has it.
+constexpr int kProbeBytes = 5;
+volatile sig_atomic_t probing = 0, trapped = 0;
+
+[[maybe_unused]] bool runs_avx_vnni() {
+#ifdef TERSOR_EVEX_VNNI
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#endif
+  if (!__builtin_cpu_supports("avx2")) return false;
+  probing = 1;
+  __asm__ volatile(".byte 0xc4, 0xe2, 0x75, 0x50, 0xc0" : : : "xmm0");
+  probing = 0;
+  return !trapped;
+}
+
 void on_illegal_instruction(int, siginfo_t*, void* context) {
   greg_t* regs = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  if (probing) {
+    trapped = 1;
+    regs[REG_RIP] += kProbeBytes;
+    return;
+  }
   const int length = execute(reinterpret_cast<const uint8_t*>(regs[REG_RIP]), regs);
   if (length) {
     regs[REG_RIP] += length;
@@ -168,8 +189,9 @@ extern "C" [[gnu::visibility("default")]] const char* tersor_emulated_features()
   action.sa_sigaction = on_illegal_instruction;
   action.sa_flags = SA_SIGINFO;
   if (sigaction(SIGILL, &action, &previous) != 0) return "";
-#ifdef TERSOR_EVEX_VNNI
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl")) return "AMX_TILE AMX_INT8 AVX_VNNI";
+#if defined(TERSOR_SIMDE)  // what the variants were compiled without: see avx512_by_simde.h
+  return "AMX_TILE AMX_INT8 AVX_VNNI AVX512F AVX512BW AVX512DQ AVX512VL AVX512_VNNI AVX512_VPOPCNTDQ AVX512_VBMI AVX512_VBMI2";
+#else
+  return runs_avx_vnni() ? "AMX_TILE AMX_INT8 AVX_VNNI" : "AMX_TILE AMX_INT8";
 #endif
-  return "AMX_TILE AMX_INT8";
 }

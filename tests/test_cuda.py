@@ -1,10 +1,14 @@
 """The CUDA binding and what stands around it, without a GPU: which ops have kernels, what they need, what a call says here, what a
 layer keeps on a GPU. tests/test_gpu.py runs the ops on one."""
 
+import ctypes.util
+import json
 import logging
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,39 @@ def test_a_cuda_tensor_on_a_torch_without_cuda_says_so():
             with torch._C._DisableTorchDispatch(), pytest.raises(RuntimeError, match="install one with CUDA") as error:
                 call(*on_gpu, *([False, False] if name == "norm_quantize" else []))
             assert str(error.value).startswith(f"{name}: got a CUDA tensor, but this torch is a build without CUDA")
+
+
+CALL_ON_DEVICE_1 = """
+import ctypes, json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_cuda import OnGpu
+import tersor.ops as ops
+try:
+    with torch._C._DisableTorchDispatch():
+        ops.quantize_rows.raw(OnGpu(torch.randn(3, 64), "cuda:1"))
+except RuntimeError as error:
+    said = str(error)
+stand_in = ctypes.CDLL(sys.argv[2])
+names = ("stand_in_stream_of", "stand_in_guard_of", "stand_in_guards")
+print(json.dumps([said, *(ctypes.c_int32.in_dll(stand_in, name).value for name in names)]))
+"""
+
+
+@binding
+@no_cuda_torch
+def test_a_machine_without_a_driver_says_so(tmp_path):
+    if not shutil.which("gcc") or ctypes.util.find_library("cuda"):
+        pytest.skip("needs gcc, and a machine without a driver")
+    tests, library = Path(__file__).parent, tmp_path / "libtorch_cuda.so"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", tests / "cuda_stand_in.c", "-o", library], check=True
+    )
+    command = [sys.executable, "-c", CALL_ON_DEVICE_1, tests, library]
+    out = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True, check=True)
+    said, stream_of, guard_of, guards = json.loads(out.stdout.splitlines()[-1])
+    assert stream_of in (-1, 1)  # asked for behind the device
+    assert (guard_of, guards) == (1, 0), "the device of the tensor, and given back"
+    assert said.startswith("quantize_rows: no NVIDIA driver, or one older than the CUDA runtime of this build (error 35); install or")
 
 
 @binding

@@ -159,7 +159,8 @@ void one_sparse_mma(SparseRegisters r) {
 constexpr int kPlacesLane[2][16] = {{0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29},
                                     {2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31}};
 
-// The figures are pictures; what others made of them, or found on a GPU, in their own terms. Each gives every lane its row and half.
+// The figures are pictures; what others made of them, or found on a GPU, in their own terms. Each gives every lane its row and
+// half.
 TERSOR_TEST(cuda_sparse_places) {
   auto check = [](const char* source, int lane, int row, int half) {
     CHECK(kPlacesLane[half][row] == lane, "%s: lane %d has row %d, half %d", source, lane, row, half);
@@ -172,8 +173,8 @@ TERSOR_TEST(cuda_sparse_places) {
     check("CuTe", lane, at % 16, at / 16 / 32);
     // TileLang, metadata_32bit_load_32x1_to_shared_16x2_layout_8bit.
     check("TileLang", lane, lane / 4 + lane % 2 * 8, lane % 4 / 2);
-    // A fork of Triton with a sparse dot (noheat61/triton, DOT_SPARSE_INTERNALS.md, section 4), asked of an RTX 4070 SUPER by planted
-    // places and one-hot B: words of 16 k, of which a lane has two neighbours.
+    // A fork of Triton with a sparse dot (noheat61/triton, DOT_SPARSE_INTERNALS.md, section 4), asked of an RTX 4070 SUPER by
+    // planted places and one-hot B: words of 16 k, of which a lane has two neighbours.
     check("measured", lane, (lane >> 2) + 8 * (lane & 1), 2 * (lane >> 1 & 1) / 2);
   }
   // CUTLASS, reorder_meta of tools/util/host_reorder.h: rows r and r + 8 side by side, then each 2 x 2 of (row, word) from Z to N;

@@ -25,6 +25,7 @@ from tersor.plain import tiles_of, to_device_form_
 
 binding = pytest.mark.skipif(not ops.NATIVE_CUDA, reason="this installation has no CUDA kernels: build with TERSOR_CUDA=ON")
 no_cuda_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a build with CUDA")
+ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [name for name, op in ops.OPS.items() if op.kernels and not name.endswith("_differentiable")]
 BY_REFERENCE = {"linear_weight_only", "linear_sparse", "linear_sparse_float"}  # linear_sparse: but for 2:4 weights
 
@@ -41,6 +42,13 @@ class OnGpu(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} was not to be called")
+
+
+def test_launches_and_inline_ptx_stand_in_one_file_each():
+    files = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "bindings").iterdir()]
+    code = {path.name: re.sub(r"//.*", "", path.read_text()) for path in files}
+    assert [name for name, text in code.items() if "<<<" in text] == ["launch.cu"]
+    assert [name for name, text in code.items() if re.search(r"\basm\b", text)] == ["ptx.cuh"]
 
 
 @binding
@@ -106,7 +114,9 @@ def test_a_machine_without_a_driver_says_so(tmp_path):
     said, stream_of, guard_of, guards = json.loads(out.stdout.splitlines()[-1])
     assert stream_of in (-1, 1)  # asked for behind the device
     assert (guard_of, guards) == (1, 0), "the device of the tensor, and given back"
-    assert said.startswith("quantize_rows: no NVIDIA driver, or one older than the CUDA runtime of this build (error 35); install or")
+    assert said.startswith(
+        "quantize_rows: no NVIDIA driver, or one older than the CUDA runtime of this build (error 35); install or"
+    )
 
 
 @binding

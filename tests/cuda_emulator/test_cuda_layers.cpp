@@ -107,7 +107,7 @@ TERSOR_TEST(cuda_glu) {
       const int bits = kWidths[i % 4];
       Emulated e(M, N, 200, bits, random);
       std::vector<cuda::Plan> plans;
-      if (M <= 3) plans.push_back({Kernel::gemv4, 1, M * N * 4});
+      if (M <= 3) plans.push_back({bits >= 4 ? Kernel::gemv8 : Kernel::gemv4, 1, M * N * 4});
       plans.push_back({M <= 16 ? Kernel::small : Kernel::medium, 1, 0});
       plans.push_back({Kernel::large, 1, 0});
       plans.push_back({Kernel::medium, 3, 3 * M * N * 4});

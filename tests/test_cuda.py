@@ -84,6 +84,16 @@ def test_a_cuda_tensor_on_a_torch_without_cuda_says_so():
             assert str(error.value).startswith(f"{name}: got a CUDA tensor, but this torch is a build without CUDA")
 
 
+@no_cuda_torch
+def test_a_layer_cannot_move_to_a_gpu_that_this_torch_does_not_know():
+    layer = tersor.QuantLinear.from_linear(torch.nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    want = layer(x)
+    with pytest.raises(AssertionError, match="Torch not compiled with CUDA enabled"):
+        layer.to("cuda")
+    assert_equal(layer(x), want)
+
+
 CALL_ON_DEVICE_1 = """
 import ctypes, json, sys, torch
 sys.path.insert(0, sys.argv[1])

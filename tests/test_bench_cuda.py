@@ -71,6 +71,15 @@ def test_every_contender_is_measured(gpu):
         assert first.ratio == 1
 
 
+def test_torchao_is_a_contender(gpu):
+    pytest.importorskip("torchao")
+    run = bench.CudaBench(((64, 48),), (1, 32), against=("torchao",), rounds=3, seconds=1e-4)
+    with torch.compiler.set_stance("force_eager"):  # on a GPU it is compiled; a compiler for this CPU is not what is tested
+        rows = list(run.run(gpu))
+    assert run.skipped == []
+    assert [(r.m, r.name) for r in rows if r.name == "torchao"] == [(1, "torchao"), (32, "torchao")]
+
+
 def test_the_limit_is_the_larger_of_the_two():
     sheet = bench.data_sheet("NVIDIA A100-SXM4-80GB")
     assert sheet == bench.DATA_SHEETS["A100"]

@@ -1,10 +1,14 @@
 """The CUDA binding and what stands around it, without a GPU: which ops have kernels, what they need, what a call says here, what a
 layer keeps on a GPU. tests/test_gpu.py runs the ops on one."""
 
+import ctypes.util
+import json
 import logging
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +20,12 @@ import tersor.ops as ops
 from tersor import native
 from tersor.ops import _register
 from tersor.ops.sparse_pairs import BLOCK_BYTES, is_24
-from tersor.ops.sparse_storage import check_structure
+from tersor.ops.sparse_storage import check_structure, holds_24
 from tersor.plain import tiles_of, to_device_form_
 
 binding = pytest.mark.skipif(not ops.NATIVE_CUDA, reason="this installation has no CUDA kernels: build with TERSOR_CUDA=ON")
 no_cuda_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a build with CUDA")
+ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [name for name, op in ops.OPS.items() if op.kernels and not name.endswith("_differentiable")]
 BY_REFERENCE = {"linear_weight_only", "linear_sparse", "linear_sparse_float"}  # linear_sparse: but for 2:4 weights
 
@@ -37,6 +42,13 @@ class OnGpu(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} was not to be called")
+
+
+def test_launches_and_inline_ptx_stand_in_one_file_each():
+    files = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "bindings").iterdir()]
+    code = {path.name: re.sub(r"//.*", "", path.read_text()) for path in files}
+    assert [name for name, text in code.items() if "<<<" in text] == ["launch.cu"]
+    assert [name for name, text in code.items() if re.search(r"\basm\b", text)] == ["ptx.cuh"]
 
 
 @binding
@@ -70,6 +82,51 @@ def test_a_cuda_tensor_on_a_torch_without_cuda_says_so():
             with torch._C._DisableTorchDispatch(), pytest.raises(RuntimeError, match="install one with CUDA") as error:
                 call(*on_gpu, *([False, False] if name == "norm_quantize" else []))
             assert str(error.value).startswith(f"{name}: got a CUDA tensor, but this torch is a build without CUDA")
+
+
+@no_cuda_torch
+def test_a_layer_cannot_move_to_a_gpu_that_this_torch_does_not_know():
+    layer = tersor.QuantLinear.from_linear(torch.nn.Linear(64, 32))
+    x = torch.randn(3, 64)
+    want = layer(x)
+    with pytest.raises(AssertionError, match="Torch not compiled with CUDA enabled"):
+        layer.to("cuda")
+    assert_equal(layer(x), want)
+
+
+CALL_ON_DEVICE_1 = """
+import ctypes, json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_cuda import OnGpu
+import tersor.ops as ops
+try:
+    with torch._C._DisableTorchDispatch():
+        ops.quantize_rows.raw(OnGpu(torch.randn(3, 64), "cuda:1"))
+except RuntimeError as error:
+    said = str(error)
+stand_in = ctypes.CDLL(sys.argv[2])
+names = ("stand_in_stream_of", "stand_in_guard_of", "stand_in_guards")
+print(json.dumps([said, *(ctypes.c_int32.in_dll(stand_in, name).value for name in names)]))
+"""
+
+
+@binding
+@no_cuda_torch
+def test_a_machine_without_a_driver_says_so(tmp_path):
+    if not shutil.which("gcc") or ctypes.util.find_library("cuda"):
+        pytest.skip("needs gcc, and a machine without a driver")
+    tests, library = Path(__file__).parent, tmp_path / "libtorch_cuda.so"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", tests / "cuda_stand_in.c", "-o", library], check=True
+    )
+    command = [sys.executable, "-c", CALL_ON_DEVICE_1, tests, library]
+    out = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True, check=True)
+    said, stream_of, guard_of, guards = json.loads(out.stdout.splitlines()[-1])
+    assert stream_of in (-1, 1)  # asked for behind the device
+    assert (guard_of, guards) == (1, 0), "the device of the tensor, and given back"
+    assert said.startswith(
+        "quantize_rows: no NVIDIA driver, or one older than the CUDA runtime of this build (error 35); install or"
+    )
 
 
 @binding
@@ -132,9 +189,14 @@ def test_pairs_are_packed_and_unpacked(n: int, k: int):
 
 
 def test_a_lane_finds_its_fragment():
-    # by the drawing in csrc/cuda/ptx.cuh: w[n][k] = n + 16 (k mod 64 / 4) at k mod 4 in {1, 2}
-    n, k = torch.arange(16).unsqueeze(1), torch.arange(64)
-    w = torch.where((k % 4 == 1) | (k % 4 == 2), n + 16 * (k // 4 % 7) + 1, 0).to(torch.int8)
+    # by the drawing in csrc/cuda/ptx.cuh; each group of four k has two values, at places that differ by row and by group
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    places = [[pairs[(row + row // 8 + 5 * (group // 8) + group) % 6] for group in range(16)] for row in range(16)]
+    w = torch.zeros(16, 64, dtype=torch.int8)
+    for row in range(16):
+        for group, pair in enumerate(places[row]):
+            for place in pair:
+                w[row, 4 * group + place] = row + 16 * (group % 7) + 1
     block = ops.pack_sparse(w, "pairs").weight_packed[0, 0]
     for g in range(8):
         for t in range(4):
@@ -143,8 +205,11 @@ def test_a_lane_finds_its_fragment():
                 row, half = g + 8 * (register % 2), register // 2
                 for byte in range(4):
                     group = 8 * half + 2 * t + byte // 2
-                    assert int(block[16 * lane + 4 * register + byte]) == int(w[row, 4 * group + 1 + byte % 2])
-            assert block[512 + 4 * lane : 516 + 4 * lane].tolist() == [0x99] * 4  # places 1 and 2: 1 | 2 << 2
+                    assert int(block[16 * lane + 4 * register + byte]) == int(w[row, 4 * group + places[row][group][byte % 2]])
+            row, half = g + 8 * (t % 2), t // 2
+            nibbles = [first | second << 2 for first, second in places[row][8 * half : 8 * half + 8]]
+            stored = [low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)]
+            assert block[512 + 4 * lane : 516 + 4 * lane].tolist() == stored
 
 
 def test_pairs_refuse_what_they_cannot_hold():
@@ -185,6 +250,27 @@ def test_a_24_layer_changes_its_form_with_the_device(tmp_path):
     for name, value in before.items():
         assert_equal(getattr(layer, name).detach(), value)
     assert_equal(layer(x), want)
+
+
+@pytest.mark.parametrize("storage", ["tiles", "masks", "windows", "pairs"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 64), (37, 130), (40, 263)])
+def test_24_is_seen_in_the_stored_form(storage: str, n: int, k: int):
+    w = pruned_24(n, k)
+    assert holds_24(ops.pack_sparse(w, storage))
+    assert holds_24(ops.pack_sparse(torch.zeros_like(w), storage))
+    if storage != "pairs" and k > 3:
+        for row, group in ((0, 0), (n - 1, k // 4 - 1), (n // 2, k // 8)):
+            third = w.clone()
+            third[row, 4 * group : 4 * group + 3] = torch.tensor([-5, 1, 7], dtype=torch.int8)
+            assert not holds_24(ops.pack_sparse(third, storage))
+
+
+def test_a_cast_keeps_the_form_of_the_device_the_layer_is_on(monkeypatch):
+    devices = []
+    monkeypatch.setattr("tersor.nn.to_device_form_", lambda layer, device: devices.append(device.type))
+    layer = tersor.QuantLinear.from_linear(torch.nn.Linear(64, 32), tersor.SparseInt8())
+    layer.to("meta").half()  # meta: the device besides the CPU that is always there
+    assert devices == ["meta", "meta"]
 
 
 def test_other_sparse_layers_keep_their_form():

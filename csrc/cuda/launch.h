@@ -9,7 +9,7 @@
 namespace tersor::cuda {
 
 enum class Width : int32_t { bits1 = 1, bits2 = 2, bits4 = 4, bits8 = 8, signs = 16, sparse24 = 24 };
-enum class Kernel : int32_t { gemv1, gemv2, gemv4, small, medium, large };
+enum class Kernel : int32_t { gemv1, gemv2, gemv4, gemv8, small, medium, large };
 
 // What a launch depends on of the GPU.
 struct Gpu {
@@ -37,12 +37,17 @@ struct PlanRow {
   Kernel kernel;
 };
 inline constexpr int64_t kAnyRows = INT64_MAX;
-inline constexpr PlanRow kPlanRows[] = {{0, 999, 1, 0, false, Kernel::gemv1},         {0, 999, 2, 0, false, Kernel::gemv2},
-                                        {0, 999, 4, 0, false, Kernel::gemv4},         {0, 999, 16, 0, false, Kernel::small},
-                                        {0, 999, 64, 0, false, Kernel::medium},       {80, 80, kAnyRows, 256, true, Kernel::large},
-                                        {87, 87, kAnyRows, 256, true, Kernel::large}, {90, 119, kAnyRows, 256, true, Kernel::large},
-                                        {0, 999, kAnyRows, 0, false, Kernel::medium}};
+inline constexpr PlanRow kPlanRows[] = {
+    {0, 999, 1, 0, false, Kernel::gemv1},          {0, 999, 2, 0, false, Kernel::gemv2},
+    {0, 999, 4, 0, false, Kernel::gemv4},          {0, 999, 8, 0, false, Kernel::gemv8},
+    {0, 999, 16, 0, false, Kernel::small},         {0, 999, 64, 0, false, Kernel::medium},
+    {80, 80, kAnyRows, 256, true, Kernel::large},  {87, 87, kAnyRows, 256, true, Kernel::large},
+    {90, 119, kAnyRows, 256, true, Kernel::large}, {0, 999, kAnyRows, 0, false, Kernel::medium}};
 inline constexpr int64_t plan_rows_of(Kernel k) { return k == Kernel::small ? 16 : k == Kernel::medium ? 64 : 128; }
+
+// 8 rows of fewer bits would wait for dp4a (256 MAC a clock and multiprocessor), of signs for popcount (512), not for memory: A100
+// and H100 read up to 14.5 bytes of weights in that clock, 58 codes of 2 bits.
+inline bool worth_gemv8(Width width) { return width == Width::bits8 || width == Width::bits4; }
 
 // grouped: scales of groups of K; glu: gate and up tiles in turn.
 inline Plan plan(const Gpu& gpu, int64_t M, int64_t N, int64_t K, Width width, bool grouped, bool glu) {
@@ -52,13 +57,14 @@ inline Plan plan(const Gpu& gpu, int64_t M, int64_t N, int64_t K, Width width, b
   for (const PlanRow& row : kPlanRows) {
     if (gpu.sm < row.sm_from || gpu.sm > row.sm_to || M > row.most_rows || K < row.least_k) continue;
     if (sparse && row.kernel != Kernel::small && row.kernel != Kernel::medium) continue;
+    if (row.kernel == Kernel::gemv8 && !worth_gemv8(width)) continue;
     if (grouped && row.kernel == Kernel::large) continue;  // two sets of accumulators would not fit the registers
     if (row.fills && ceil_div(M, plan_rows_of(row.kernel)) * columns < gpu.multiprocessors) continue;
     kernel = row.kernel;
     break;
   }
   const int64_t part_bytes = M * N * 4;
-  if (kernel <= Kernel::gemv4) return {kernel, 1, glu ? part_bytes : 0};
+  if (kernel <= Kernel::gemv8) return {kernel, 1, glu ? part_bytes : 0};
   // Blocks that leave multiprocessors idle share K, down to 8 k blocks each: below that the parts cost more than they save.
   const int64_t blocks = ceil_div(M, plan_rows_of(kernel)) * columns;
   const int64_t k_blocks = ceil_div(width == Width::signs ? ceil_div(K, 8) : K, 64);

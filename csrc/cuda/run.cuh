@@ -72,6 +72,9 @@ int run_kernel(Kernel kernel, const GemmParams& p, Launch launch) {
       return run_gemv<P, 2>(p, launch);
     case Kernel::gemv4:
       return run_gemv<P, 4>(p, launch);
+    case Kernel::gemv8:
+      if constexpr (P::kSteps <= 2 && !P::kCountsW) return run_gemv<P, 8>(p, launch);
+      break;  // worth_gemv8
     case Kernel::small:
       return run_gemm<P, Small>(p, launch);
     case Kernel::medium:
@@ -79,6 +82,7 @@ int run_kernel(Kernel kernel, const GemmParams& p, Launch launch) {
     case Kernel::large:
       // Two sets of accumulators would not fit the registers: plan() never asks for it.
       if constexpr (!P::kGrouped) return run_gemm<P, Large>(p, launch);
+      break;
   }
   return -1;
 }

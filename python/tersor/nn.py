@@ -218,7 +218,7 @@ class QuantLinear(nn.Module):
                     self._buffers[spec.name] = value
         if not plain:
             from_plain_(self)
-            to_device_form_(self, probe.device)
+            to_device_form_(self, next(self.parameters()).device)  # a cast leaves it where it is, and the probe on the CPU
         self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
         return self
 

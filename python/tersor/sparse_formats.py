@@ -14,7 +14,6 @@ from .format_base import Format, Stored, TensorSpec
 from .ops import sparse_storage
 from .ops.linear_sparse_float import MAX_K as MAX_FLOAT_K
 from .ops.linear_sparse_float import FloatParts, check_float_structure, linear_float, pack_sparse_float, sparse_float_rows
-from .ops.sparse_pairs import is_24
 from .ops.tiles import TILE_N, ceil_div
 from .weights import row_blocks
 
@@ -84,10 +83,9 @@ class SparseInt8(Format):
         pairs = sparse_storage.storage_of(parts.weight_packed, parts.weight_index) == "pairs"
         if pairs == (device == "cuda"):
             return None
-        rows = sparse_storage.sparse_rows(*parts[:3], n, k)
-        if device == "cuda" and not is_24(rows):
+        if device == "cuda" and not sparse_storage.holds_24(parts):
             return None
-        packed = sparse_storage.pack_sparse(rows, "pairs" if device == "cuda" else None)
+        packed = sparse_storage.pack_sparse(sparse_storage.sparse_rows(*parts[:3], n, k), "pairs" if device == "cuda" else None)
         return {**stored, **packed._asdict()}
 
     def check_stored(self, stored: Mapping[str, Tensor], n: int, k: int) -> None:

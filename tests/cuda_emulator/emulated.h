@@ -11,7 +11,7 @@
 namespace tersor::test {
 
 inline const char* kernel_name(cuda::Kernel k) {
-  constexpr const char* kNames[] = {"gemv1", "gemv2", "gemv4", "small", "medium", "large"};
+  constexpr const char* kNames[] = {"gemv1", "gemv2", "gemv4", "gemv8", "small", "medium", "large"};
   return kNames[static_cast<int>(k)];
 }
 

@@ -48,9 +48,10 @@ void check_codes(Emulated& e, const cuda::Plan& plan, Dtype dtype, Activation ac
 const Dtype kOutputs[] = {Dtype::s32, Dtype::f32, Dtype::bf16, Dtype::f16};
 
 // Every kernel that can compute the shape.
-std::vector<cuda::Plan> plans_for(int64_t M, int64_t N, int64_t k_blocks) {
+std::vector<cuda::Plan> plans_for(int64_t M, int64_t N, int64_t k_blocks, int bits) {
   std::vector<cuda::Plan> list;
   if (M <= 3) list.push_back({M == 1 ? Kernel::gemv1 : M == 2 ? Kernel::gemv2 : Kernel::gemv4, 1, 0});
+  if (M <= 16 && bits >= 4) list.push_back({Kernel::gemv8, 1, 0});
   if (M <= 17) list.push_back({Kernel::small, 1, 0});
   if (M > 1 && M <= 64) list.push_back({Kernel::medium, 1, 0});
   if (M > 16) list.push_back({Kernel::large, 1, 0});
@@ -65,7 +66,7 @@ TERSOR_TEST(cuda_codes_every_shape) {
       for (int bits : kWidths) {
         const int64_t N = std::initializer_list<int64_t>{1, 16, 37, 130}.begin()[ll_index % 4];
         Emulated e(M, N, K, bits, random);
-        for (const cuda::Plan& plan : plans_for(M, N, ceil_div(K, 64))) {
+        for (const cuda::Plan& plan : plans_for(M, N, ceil_div(K, 64), bits)) {
           const Dtype dtype = kOutputs[ll_index % 4];
           const auto activation = kActivations[ll_index / 4 % 5];
           for (int64_t s : choices(ll_index, 5)) {
@@ -100,7 +101,7 @@ TERSOR_TEST(cuda_epilogue_every_row) {
   for (Activation a : kActivations) {
     for (Dtype dtype : kFloatDtypes) check_codes(e, {Kernel::medium, 1, 0}, dtype, a, true, false);
     check_codes(e, {Kernel::medium, 1, 0}, Dtype::f32, a, true, true);
-    check_codes(e, {Kernel::gemv4, 1, 0}, Dtype::f32, a, false, true);
+    for (Kernel kernel : {Kernel::gemv4, Kernel::gemv8}) check_codes(e, {kernel, 1, 0}, Dtype::f32, a, false, true);
   }
   // A row of NaN, as quantising one with NaN gives it.
   e.x.scale[3] = std::nanf("");
@@ -116,7 +117,7 @@ TERSOR_TEST(cuda_plan) {
       machine.schedule = kSchedules[3];
       const cuda::Plan plan = cuda::plan({90, 132}, M, 24, K, Width::bits4, false, false);
       CHECK(plan.workspace_bytes == (plan.splits > 1 ? plan.splits * M * 24 * 4 : 0), "workspace");
-      CHECK((plan.splits > 1) == (K > 1024 && M > 4), "M=%lld K=%lld: %lld splits", static_cast<long long>(M),
+      CHECK((plan.splits > 1) == (K > 1024 && M > 8), "M=%lld K=%lld: %lld splits", static_cast<long long>(M),
             static_cast<long long>(K), static_cast<long long>(plan.splits));
       check_codes(e, plan, Dtype::s32, Activation::none, false, false);
     }
@@ -129,6 +130,11 @@ TERSOR_TEST(cuda_plan) {
   for (int sm : {86, 89, 120, 121}) CHECK(kernel(sm, 4096, Width::bits8, false) == Kernel::medium, "sm_%d: shared memory", sm);
   CHECK(kernel(90, 128, Width::bits8, false) == Kernel::medium, "too few blocks of the large kernel");
   CHECK(kernel(90, 4096, Width::bits4, true) == Kernel::medium, "group scales have no large kernel");
+  for (bool grouped : {false, true}) CHECK(kernel(90, 8, Width::bits4, grouped) == Kernel::gemv8, "few rows");
+  CHECK(kernel(90, 4, Width::bits2, false) == Kernel::gemv4, "few rows");
+  for (Width width : {Width::bits2, Width::bits1, Width::signs})
+    CHECK(kernel(90, 5, width, false) == Kernel::small, "more arithmetic than dp4a or popcount have");
+  CHECK(kernel(90, 9, Width::bits8, false) == Kernel::small, "more rows than a matrix x vector kernel has");
   CHECK(kernel(90, 1, Width::sparse24, false) == Kernel::small, "2:4 has no matrix x vector kernel");
   CHECK(kernel(90, 4096, Width::sparse24, false) == Kernel::medium, "2:4 has no large kernel");
   CHECK(cuda::plan({90, 132}, 2, 64, 64, Width::bits8, false, true).workspace_bytes == 2 * 64 * 4, "gate and up meet in it");

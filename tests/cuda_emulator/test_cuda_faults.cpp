@@ -154,7 +154,43 @@ void one_sparse_mma(SparseRegisters r) {
   std::copy(d, d + 4, r.d + lane * 4);
 }
 
-// PTX ISA, "Matrix Fragments for sparse mma.m16n8k64 with .u8 / .s8", from element to lane.
+// PTX ISA, "Matrix Fragments for sparse mma.m16n8k64 with .u8 / .s8": the lane whose register holds the places of a row, by the
+// figures of the metadata of columns 0-31 and of columns 32-63, read off line by line.
+constexpr int kPlacesLane[2][16] = {{0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29},
+                                    {2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31}};
+
+// The figures are pictures; what others made of them, or found on a GPU, in their own terms. Each gives every lane its row and
+// half.
+TERSOR_TEST(cuda_sparse_places) {
+  auto check = [](const char* source, int lane, int row, int half) {
+    CHECK(kPlacesLane[half][row] == lane, "%s: lane %d has row %d, half %d", source, lane, row, half);
+  };
+  set_case("places of m16n8k64 sparse s8 s8");
+  for (int lane = 0; lane < 32; ++lane) {
+    // CuTe, MMA_Traits<SM80_SPARSE_16x8x64_S32S8S8S32_TN>::ELayout: (2, 2, 8) lanes at strides (8, 512, 1) of a 16 x 64 matrix
+    // that counts down its columns.
+    const int at = lane % 2 * 8 + lane / 2 % 2 * 512 + lane / 4;
+    check("CuTe", lane, at % 16, at / 16 / 32);
+    // TileLang, metadata_32bit_load_32x1_to_shared_16x2_layout_8bit.
+    check("TileLang", lane, lane / 4 + lane % 2 * 8, lane % 4 / 2);
+    // A fork of Triton with a sparse dot (noheat61/triton, DOT_SPARSE_INTERNALS.md, section 4), asked of an RTX 4070 SUPER by
+    // planted places and one-hot B: words of 16 k, of which a lane has two neighbours.
+    check("measured", lane, (lane >> 2) + 8 * (lane & 1), 2 * (lane >> 1 & 1) / 2);
+  }
+  // CUTLASS, reorder_meta of tools/util/host_reorder.h: rows r and r + 8 side by side, then each 2 x 2 of (row, word) from Z to N;
+  // ldmatrix gives lane 4 g + t word t of line g, and a line of 16 bytes is two rows of two words.
+  for (int row = 0; row < 16; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      int to_row = row % 8 * 2 + row / 8, to_half = half;
+      if (to_row % 2 != to_half) {
+        to_row += to_half - to_row % 2;
+        to_half = 1 - to_half;
+      }
+      check("CUTLASS", to_row / 2 * 4 + to_row % 2 * 2 + to_half, row, half);
+    }
+  }
+}
+
 TERSOR_TEST(cuda_sparse_mma_layout) {
   set_case("m16n8k64 sparse s8 s8");
   Random random(options.seed);
@@ -171,7 +207,7 @@ TERSOR_TEST(cuda_sparse_mma_layout) {
         const int stored = 2 * group + j;
         a[row % 8 * 4 + stored % 16 / 4][row / 8 + stored / 16 * 2] |= (static_cast<uint32_t>(v) & 255) << stored % 4 * 8;
       }
-      places[row % 8 * 4 + row / 8 + group / 8 * 2] |= static_cast<uint32_t>(first | second << 2) << group % 8 * 4;
+      places[kPlacesLane[group / 8][row]] |= static_cast<uint32_t>(first | second << 2) << group % 8 * 4;
     }
   }
   for (int k = 0; k < 64; ++k) {

@@ -107,7 +107,7 @@ TERSOR_TEST(cuda_glu) {
       const int bits = kWidths[i % 4];
       Emulated e(M, N, 200, bits, random);
       std::vector<cuda::Plan> plans;
-      if (M <= 3) plans.push_back({Kernel::gemv4, 1, M * N * 4});
+      if (M <= 3) plans.push_back({bits >= 4 ? Kernel::gemv8 : Kernel::gemv4, 1, M * N * 4});
       plans.push_back({M <= 16 ? Kernel::small : Kernel::medium, 1, 0});
       plans.push_back({Kernel::large, 1, 0});
       plans.push_back({Kernel::medium, 3, 3 * M * N * 4});
@@ -122,6 +122,29 @@ TERSOR_TEST(cuda_glu) {
           c.glu = true;
           check_layer(e, c, plan, e.w.args(a, i % 2 == 0));
         }
+      }
+    }
+  }
+}
+
+TERSOR_TEST(cuda_glu_every_epilogue) {
+  Random random(options.seed);
+  int64_t i = 0;
+  for (int64_t M : kRowCounts) {
+    for (Dtype dtype : kFloatDtypes) {
+      for (Activation a : kActivations) {
+        for (int64_t width : choices(i, 4)) {
+          const int bits = kWidths[width];
+          Emulated e(M, 32 + 64 * (i % 2), 99 + i / 2 % 2, bits, random);
+          const cuda::Plan plan = cuda::plan({90, 2}, M, e.w.N, e.w.K, static_cast<Width>(bits), false, true);
+          machine.schedule = kSchedules[i % 5];
+          set_case("glu w%d %s M=%lld N=%lld K=%lld %s %s schedule %s", bits, kernel_name(plan.kernel), ll(M), ll(e.w.N), ll(e.w.K),
+                   dtype_name(dtype), activation_name(a), machine.schedule.name);
+          cuda::LinearCall c = e.call(nullptr, e.w.N / 2, dtype, a, true, false);
+          c.glu = true;
+          check_layer(e, c, plan, e.w.args(a, true));
+        }
+        ++i;
       }
     }
   }
@@ -213,6 +236,21 @@ TERSOR_TEST(cuda_sparse_24) {
   }
 }
 
+TERSOR_TEST(cuda_sparse_24_every_epilogue) {
+  Random random(options.seed);
+  int64_t i = 0;
+  for (int64_t M : kRowCounts) {
+    for (Dtype dtype : kFloatDtypes) {
+      for (Activation a : kActivations) {
+        machine.schedule = kSchedules[i % 5];
+        const int64_t N = 37 + i / 3 % 2, K = 131 + i / 5 % 2;
+        check_24(M, N, K, cuda::plan({90, 2}, M, N, K, Width::sparse24, false, false), dtype, a, random);
+        ++i;
+      }
+    }
+  }
+}
+
 // ---- norms ----------------------------------------------------------------------------------------------------------------------
 
 void check_norm(int64_t M, int64_t K, Dtype dtype, bool rms, bool add, float mean, Random& random) {
@@ -272,6 +310,7 @@ TERSOR_TEST(cuda_norm_quantize) {
       }
     }
   }
+  for (int64_t M : kRowCounts) check_norm(M, 130, kFloatDtypes[M % 3], M % 2 != 0, M % 5 == 0, 0.5f, random);
   for (float mean : {5.0f, -300.0f, 1e5f}) {  // the second pass
     check_norm(3, 200, Dtype::f32, false, false, mean, random);
     check_norm(3, 200, Dtype::bf16, false, true, mean, random);

@@ -6,6 +6,7 @@ namespace tersor::test {
 namespace {
 
 using cuda::Kernel;
+using cuda::Width;
 using cuda::emulator::kSchedules;
 using cuda::emulator::machine;
 
@@ -118,9 +119,10 @@ void check_signs_as_int8(const FloatRows& x, const Exact<float>& threshold, cons
 }
 
 // Rows of bits as linear_xnor wants them, and the layer on them.
-void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& layout, const cuda::Plan& plan, Random& random) {
-  set_case("signs %s splits=%lld M=%lld N=%lld K=%lld %s %s schedule %s", kernel_name(plan.kernel), ll(plan.splits), ll(M), ll(N),
-           ll(K), dtype_name(dtype), layout.name, machine.schedule.name);
+void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, Dtype y_dtype, Activation activation, const Layout& layout,
+                 const cuda::Plan& plan, Random& random) {
+  set_case("signs %s splits=%lld M=%lld N=%lld K=%lld %s %s to %s %s schedule %s", kernel_name(plan.kernel), ll(plan.splits), ll(M),
+           ll(N), ll(K), dtype_name(dtype), layout.name, dtype_name(y_dtype), activation_name(activation), machine.schedule.name);
   const FloatRows x = random_rows(M, K, dtype, layout, random);
   const Weights w(N, K, random, 0, 1);
   const Exact<float> threshold = thresholds(K, random);
@@ -144,8 +146,6 @@ void check_signs(int64_t M, int64_t N, int64_t K, Dtype dtype, const Layout& lay
     for (int64_t i = words; i < ld; ++i) CHECK(bits[m * ld + i] == 0, "pads are 0");
   }
 
-  const Dtype y_dtype = kFloatDtypes[(N + K) % 3];
-  const Activation activation = kActivations[(M + K) % 5];
   const int64_t row_bytes = N * dtype_bytes(y_dtype);
   Canvas y(M, row_bytes, row_bytes), want(M, row_bytes, row_bytes);
   Exact<char> workspace(plan.workspace_bytes);
@@ -191,18 +191,37 @@ TERSOR_TEST(cuda_signs) {
                                    : std::initializer_list<Kernel>{Kernel::small, Kernel::medium, Kernel::large}.begin()[i % 3];
       const std::vector<Layout> all = layouts(M, K);
       const Layout& layout = all[static_cast<size_t>(i) % all.size()];
+      const Dtype x_dtype = kFloatDtypes[i % 3], y_dtype = kFloatDtypes[i / 2 % 3];
+      const Activation a = kActivations[i % 5];
       for (int64_t s : choices(i, 5)) {
         machine.schedule = kSchedules[s];
-        check_signs(M, N, K, kFloatDtypes[i % 3], layout, {kernel, 1, 0}, random);
-        if (K > 1024) check_signs(M, N, K, kFloatDtypes[i % 3], layout, {Kernel::small, 2, 2 * M * N * 4}, random);
+        check_signs(M, N, K, x_dtype, y_dtype, a, layout, {kernel, 1, 0}, random);
+        if (K > 1024) check_signs(M, N, K, x_dtype, y_dtype, a, layout, {Kernel::small, 2, 2 * M * N * 4}, random);
       }
       ++i;
     }
   }
 }
 
-// Exact sums of each group, so the bound of numerics.md (class F) on top of the epilogue's roundings.
-void check_groups(int64_t M, int64_t N, int64_t groups, int64_t size, const cuda::Plan& plan, Random& random) {
+TERSOR_TEST(cuda_signs_every_epilogue) {
+  Random random(options.seed);
+  int64_t i = 0;
+  for (int64_t M : {1, 3, 16, 17, 64, 130}) {
+    const cuda::Plan plan = cuda::plan({90, 2}, M, 38, 131, Width::signs, false, false);
+    for (Dtype y_dtype : kFloatDtypes) {
+      for (Activation a : kActivations) {
+        for (int64_t s : choices(i++, 5)) {
+          machine.schedule = kSchedules[s];
+          check_signs(M, 37 + i % 2, 130 + i / 2 % 2, kFloatDtypes[i % 3], y_dtype, a, layouts(M, 131)[0], plan, random);
+        }
+      }
+    }
+  }
+}
+
+// Exact sums of each group, so the bound of numerics.md (class F) on top of the epilogue's roundings. `turn` picks the dtype and
+// activation of a second run, which finishes the same float32 values: to the bit.
+void check_groups(int64_t turn, int64_t M, int64_t N, int64_t groups, int64_t size, const cuda::Plan& plan, Random& random) {
   const int64_t K = groups * size;
   set_case("groups %s splits=%lld M=%lld N=%lld K=%lld size=%lld schedule %s", kernel_name(plan.kernel), ll(plan.splits), ll(M),
            ll(N), ll(K), ll(size), machine.schedule.name);
@@ -260,6 +279,17 @@ void check_groups(int64_t M, int64_t N, int64_t groups, int64_t size, const cuda
             static_cast<double>(y.at<float>()[m * N + n]), want.value, want.bound);
     }
   }
+  c.y_dtype = kFloatDtypes[turn % 3];
+  c.activation = kActivations[turn / 3 % 5];
+  const int64_t bytes = dtype_bytes(c.y_dtype);
+  Canvas finished(M, N * bytes, N * bytes), right(M, N * bytes, N * bytes);
+  c.y = finished.at();
+  if (!CHECK(run_linear(c, plan, emulated_launch) == 0, "%s", machine.error.c_str())) return;
+  for (int64_t j = 0; j < M * N; ++j) {
+    store_float(right.at(), c.y_dtype, j, cuda::activate(c.activation, y.at<float>()[j]));
+    CHECK(same(load_float(finished.at(), c.y_dtype, j), load_float(right.at(), c.y_dtype, j)), "y[%lld] as %s %s", ll(j),
+          dtype_name(c.y_dtype), activation_name(c.activation));
+  }
 }
 
 TERSOR_TEST(cuda_group_scales) {
@@ -273,14 +303,16 @@ TERSOR_TEST(cuda_group_scales) {
         const Kernel few = M == 1 ? Kernel::gemv1 : M == 2 ? Kernel::gemv2 : Kernel::gemv4;
         for (int64_t s : schedules) {
           machine.schedule = kSchedules[s];
-          check_groups(M, N, groups, size, {M <= 3 ? few : i % 2 ? Kernel::small : Kernel::medium, 1, 0}, random);
+          if (M == 3 || M == 16) check_groups(i, M, N, groups, size, {Kernel::gemv8, 1, 0}, random);
+          check_groups(i, M, N, groups, size, {M <= 3 ? few : i % 2 ? Kernel::small : Kernel::medium, 1, 0}, random);
         }
       }
     }
   }
   // A part of a split K holds whole groups.
   machine.schedule = kSchedules[0];
-  for (int64_t size : {32, 64, 96, 128, 320}) check_groups(20, 37, 1920 / size, size, {Kernel::medium, 3, 3 * 20 * 37 * 4}, random);
+  for (int64_t size : {32, 64, 96, 128, 320})
+    check_groups(i, 20, 37, 1920 / size, size, {Kernel::medium, 3, 3 * 20 * 37 * 4}, random);
 }
 
 }  // namespace

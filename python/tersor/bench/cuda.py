@@ -189,7 +189,9 @@ def _torchao(linear: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
         raise Missing(f"torchao: {error}") from None
     model = nn.Sequential(copy.deepcopy(linear))
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
+    # As its makers advise. Eagerly it looks at the text of each activation, values and all, which no CUDA graph can hold.
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
+    return compiled
 
 
 RIVALS: dict[str, Rival] = {

@@ -160,17 +160,37 @@ def sparse_rows(weight_packed: Tensor, weight_index: Tensor, weight_offset: Tens
         present = ((weight_index.unsqueeze(-1) >> place) & 1).bool().reshape(nt, kt, TILE_BYTES)
         tiles = torch.zeros((nt, kt, TILE_BYTES), dtype=torch.uint8, device=device)
         return unpack(tiles.masked_scatter(present, weight_packed), n, k).view(torch.int8)
-    t = owners(weight_offset, weight_packed.shape[0])
     if storage == "tiles":
         tiles = torch.zeros((nt, kt, TILE_BYTES), dtype=torch.uint8, device=device)
-        tiles[t, as_u16(weight_index)] = weight_packed
+        tiles[owners(weight_offset, weight_packed.shape[0]), as_u16(weight_index)] = weight_packed
         return unpack(tiles, n, k).view(torch.int8)
-    channel = torch.arange(TILE_BYTES, device=device) // _PER_ENTRY
-    at = _window_begins(weight_packed).unsqueeze(1) + (weight_packed[:, :TILE_BYTES] & (WINDOW_K - 1))
     rows = torch.zeros((nt * TILE_N, k + WINDOW_K), dtype=torch.int8, device=device)
-    values = weight_packed[:, TILE_BYTES:].view(torch.int8)
-    rows.index_put_(((t * TILE_N).unsqueeze(1) + channel, at), values, accumulate=True)
+    rows.index_put_(_window_places(weight_packed, weight_offset), weight_packed[:, TILE_BYTES:].view(torch.int8), accumulate=True)
     return rows[:n, :k].contiguous()
+
+
+def holds_24(parts: Parts) -> bool:
+    """Whether at most two values in every four neighbouring k are stored, read off the stored form. Waits for the device."""
+    packed, index, offset, _ = parts
+    storage = storage_of(packed, index)
+    if storage == "pairs":
+        return True
+    if storage == "masks":  # four k of a channel are half a byte of its mask
+        bits = index.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=index.device) & 1
+        return not bool((bits.unflatten(-1, (2, 4)).sum(-1) > 2).any())
+    if storage == "tiles":
+        return not bool((torch.count_nonzero(packed.reshape(-1, 4), dim=1) > 2).any())
+    channel, at = _window_places(packed, offset)
+    fours = channel * (int(at.max()) // 4 + 1 if at.numel() else 1) + at // 4
+    stored = fours[packed[:, TILE_BYTES:] != 0].sort().values
+    return not bool((stored[2:] == stored[:-2]).any())
+
+
+def _window_places(weight_packed: Tensor, weight_offset: Tensor) -> tuple[Tensor, Tensor]:
+    """(channel, k) of the values of windows, int64 [S, 64] each; where the value is 0 they mean nothing."""
+    tile = owners(weight_offset, weight_packed.shape[0])
+    channel = (tile * TILE_N).unsqueeze(1) + torch.arange(TILE_BYTES, device=weight_packed.device) // _PER_ENTRY
+    return channel, _window_begins(weight_packed).unsqueeze(1) + (weight_packed[:, :TILE_BYTES] & (WINDOW_K - 1))
 
 
 def owners(offset: Tensor, entries: int) -> Tensor:

@@ -204,6 +204,25 @@ def test_bisection_finds_the_fastest_point_of_the_path(known_speed, monkeypatch,
     assert found.chosen.layers_s == min(want)
 
 
+def test_a_thorough_search_tries_every_faster_point_of_the_path(known_speed):
+    """Six ternary layers hold by luck, where five and seven do not: bisection passes them by."""
+
+    def lucky(model) -> float:
+        count = formats_of(model).count("Ternary()")
+        return 100.0 if count == 6 else 100.0 - 4 * count
+
+    found = tersor.search(Model(8), TERNARY, X, max_drop=9, metric=lucky)
+    assert not found.thorough
+    assert formats_of(tersor.quantize_(Model(8), found)).count("Ternary()") == 2
+    found = tersor.search(Model(8), TERNARY, X, max_drop=9, metric=lucky, thorough=True)
+    assert found.thorough and not found.exact
+    assert formats_of(tersor.quantize_(Model(8), found)).count("Ternary()") == 6
+    faster = [trial for trial in found.trials if trial.layers_s < 8 * 10 - 2 * 9]
+    assert [trial.layers_s for trial in faster] == [
+        8 + 9 * undone for undone in range(6)
+    ]  # a ternary layer takes 1, a float one 10
+
+
 def test_damage_may_be_measured_on_other_inputs(known_speed, monkeypatch):
     seen = []
     original = mixes.output_judge

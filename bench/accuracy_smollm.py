@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 WINDOW, WINDOWS, PROMPT = 512, 8, 128
 CALIBRATION_BOOK = "Sense and Sensibility"
 DYNAMIC, SMOOTH, SIMULATION = "Int8Dynamic", "Int8Dynamic, smooth", "Int8Dynamic simulated in torch"
-STATIC, STATIC_SMOOTH, MIXED_SMOOTH = "Int8Static", "Int8Static, smooth", "Int8Static, smooth, down and o dynamic"
-NAMES = (FLOAT, SIMULATION, DYNAMIC, SMOOTH, STATIC, STATIC_SMOOTH, MIXED_SMOOTH)
+STATIC, STATIC_SMOOTH = "Int8Static", "Int8Static, smooth"
+MIXED, MIXED_SMOOTH = "Int8Static, down and o dynamic", "Int8Static, smooth, down and o dynamic"
+NAMES = (FLOAT, SIMULATION, DYNAMIC, SMOOTH, STATIC, STATIC_SMOOTH, MIXED, MIXED_SMOOTH)
 
 
 class Row(NamedTuple):
@@ -73,6 +74,7 @@ def variants(fp32: nn.Module, calibration: Tensor) -> dict[str, Callable[[], nn.
         SMOOTH: lambda: tersor.quantize_(smoothed(tersor.Int8Dynamic()), tersor.Int8Dynamic()),
         STATIC: lambda: static(copy.deepcopy(fp32), tersor.Int8Static()),
         STATIC_SMOOTH: lambda: static(smoothed(tersor.Int8Static()), tersor.Int8Static()),
+        MIXED: lambda: static(copy.deepcopy(fp32), mixed),
         MIXED_SMOOTH: lambda: static(smoothed(tersor.Int8Dynamic()), mixed),
     }
 

@@ -15,7 +15,7 @@ from torch import nn
 import tersor
 from tersor.advice import predict as predicting
 from tersor.advice import recommend
-from tersor.advice.hardware import HARDWARE, Hardware
+from tersor.advice.hardware import HARDWARE, Hardware, gpu
 from tersor.advice.predict import CallCost, Here, predict
 from tersor.bench.machine import Limits, Machine
 from tersor.bench.timing import Timing, torch_threads
@@ -113,6 +113,10 @@ def device(name: str) -> Hardware:
     return next(row for row in HARDWARE if name in row.name)
 
 
+def device_named(name: str) -> Hardware:
+    return next(row for row in HARDWARE if row.name == name)
+
+
 def judged(model: nn.Module, m: int, fmt, name: str, latency: float | None = None):
     layers = [recommend.Called(fqn, layer, {m: 1}) for fqn, layer in model.named_modules() if type(layer) is nn.Linear]
     return recommend.hardware_advice(model, layers, fmt, device(name), latency)
@@ -146,7 +150,7 @@ def test_a_model_with_many_rows_by_hand():
     assert row.limited_by == "compute"
     assert row.seconds == pytest.approx(operations / (28 * 2.7e9 * 64))
     # The H100's arithmetic takes 0.139 ms a layer at 1979 TOPS; x and y are 268 MB, which it reads in 0.085 ms.
-    assert judged(model, 8192, INT8, "H100").limited_by == "compute"
+    assert judged(model, 8192, INT8, "H100 SXM").limited_by == "compute"
     # An L4 reads 285 MB in 0.95 ms and computes 275 G operations in 1.13 ms.
     assert judged(model, 8192, INT8, "L4").limited_by == "compute"
     # A v5e chip: 393 TOPS, 0.70 ms; 819 GB/s, 0.35 ms
@@ -181,14 +185,33 @@ def test_weight_only_computes_in_float():
 
 
 def test_every_row_of_the_table_has_a_source():
-    assert len({row.name for row in HARDWARE}) == len(HARDWARE) == 9
+    assert len({row.name for row in HARDWARE}) == len(HARDWARE)
     for row in HARDWARE:
         assert len(row.source) > 40
         assert min(row.memory, row.bandwidth, row.int8_ops, row.f32_ops) > 0
-    for name in ("AVX2, no VNNI", "VNNI", "AMX", "T4", "L4", "A100", "H100", "v5e"):
+        # A GPU does int8 twice as often as bfloat16, those of GeForce four times: their float32 sums are slowed down.
+        assert row.bf16_ops is None or row.int8_ops / row.bf16_ops == pytest.approx(4 if "GeForce" in row.name else 2, rel=0.02)
+    for name in ("AVX2, no VNNI", "VNNI", "AMX", "T4", "L4", "A100", "H100 SXM", "v5e"):
         assert device(name)
     assert device("8480+").int8_ops == pytest.approx(229.4e12, rel=1e-3)
     assert device("8280").bandwidth == pytest.approx(140.8e9, rel=1e-3)
+
+
+def test_a_gpu_is_found_by_the_name_that_torch_gives():
+    for called, name in (
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80 GB SXM"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
+        ("NVIDIA H200", "NVIDIA H200 SXM"),
+        ("NVIDIA B200", "NVIDIA B200 (HGX)"),
+        ("NVIDIA L4", "NVIDIA L4"),
+        ("NVIDIA L40S", "NVIDIA L40S"),
+        ("Tesla T4", "NVIDIA T4"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+    ):
+        assert gpu(called) is device_named(name), called
+    for other in ("NVIDIA A100-SXM4-40GB", "NVIDIA GB200", "NVIDIA L40", "NVIDIA GeForce RTX 4090 D", ""):
+        assert gpu(other) is None, other
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------------------
@@ -312,7 +335,7 @@ def test_for_people_and_for_programs(known):
     advice = advised(latency=0.02)
     data = json.loads(json.dumps(advice.to_dict(), allow_nan=False))
     assert data["config"] == {"name": "int8-dynamic"}
-    assert len(data["hardware"]) == 9 * 7  # float and six formats; the data sheets say nothing of popcount
+    assert len(data["hardware"]) == len(HARDWARE) * 7  # float and six formats; the data sheets say nothing of popcount
     assert {row["source"] for row in data["hardware"]} == {row.source for row in HARDWARE}
     text = str(advice)
     assert r"tersor.quantize\_(model, tersor.Int8Dynamic())" in text

@@ -80,15 +80,6 @@ def test_torchao_is_a_contender(gpu):
     assert [(r.m, r.name) for r in rows if r.name == "torchao"] == [(1, "torchao"), (32, "torchao")]
 
 
-def test_the_limit_is_the_larger_of_the_two():
-    sheet = bench.data_sheet("NVIDIA A100-SXM4-80GB")
-    assert sheet == bench.DATA_SHEETS["A100"]
-    assert bench.data_sheet("NVIDIA H100 PCIe") == bench.DATA_SHEETS["H100 PCIe"]
-    assert bench.data_sheet("NVIDIA L40S") == bench.DATA_SHEETS["L40S"]
-    assert bench.data_sheet("NVIDIA L4") == bench.DATA_SHEETS["L4"]
-    assert bench.data_sheet("a GPU of tomorrow") is None
-
-
 def test_a_gpu_out_of_the_table_has_no_percentages(gpu):
     gpu.name = "a GPU of tomorrow"
     rows = list(bench.CudaBench(((64, 48),), (1,), against=(), rounds=3, seconds=1e-4).run(gpu))

@@ -204,6 +204,27 @@ def test_bisection_finds_the_fastest_point_of_the_path(known_speed, monkeypatch,
     assert found.chosen.layers_s == min(want)
 
 
+def test_a_thorough_search_tries_every_faster_point_of_the_path(known_speed):
+    """Six ternary layers hold by luck, where five and seven do not: bisection passes them by."""
+
+    def lucky(model) -> float:
+        count = formats_of(model).count("Ternary()")
+        return 100.0 if count == 6 else 100.0 - 4 * count
+
+    found = tersor.search(Model(8), TERNARY, X, max_drop=9, metric=lucky)
+    assert found.thorough == 1
+    assert formats_of(tersor.quantize_(Model(8), found)).count("Ternary()") == 2
+    found = tersor.search(Model(8), TERNARY, X, max_drop=9, metric=lucky, thorough=0)
+    assert found.thorough == 0
+    assert not found.exact
+    assert formats_of(tersor.quantize_(Model(8), found)).count("Ternary()") == 6
+    # A ternary layer takes 1, a float one 10.
+    assert [trial.layers_s for trial in found.trials if trial.layers_s < 8 + 6 * 9] == [8 + 9 * undone for undone in range(6)]
+    found = tersor.search(Model(8), TERNARY, X, max_drop=9, metric=lucky, thorough=0.4)
+    assert {trial.layers_s for trial in found.trials if trial.layers_s <= 8 / 0.4} == {8, 17}
+    assert formats_of(tersor.quantize_(Model(8), found)).count("Ternary()") == 2
+
+
 def test_damage_may_be_measured_on_other_inputs(known_speed, monkeypatch):
     seen = []
     original = mixes.output_judge
@@ -261,6 +282,7 @@ def test_search_with_real_times(tmp_path):
         ({"max_drop": -1}, ValueError, "search: max_drop is -1, expected 0 or more"),
         ({"max_drop": float("nan")}, ValueError, "search: max_drop is nan"),
         ({"metric": 3}, TypeError, "search: metric is int"),
+        ({"thorough": 2}, ValueError, "search: thorough is 2, expected a number from 0 to 1"),
         ({"formats": []}, ValueError, "search: formats is empty"),
         ({"formats": ["int8"]}, TypeError, "search: config is 'int8'"),
         ({"inputs": []}, ValueError, "search: inputs is empty"),

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from torch import nn
 
 import tersor
+from tersor.calibration import float_tensors
 from tersor.cli import main
-from tersor.comparison import Distance, exchanged, float_tensors, model_bytes
+from tersor.comparison import Distance, exchanged, model_bytes
 from tersor.reporting.svg import bar_charts
 
 

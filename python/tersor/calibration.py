@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -129,17 +130,29 @@ class Trace:
         return torch.cat(seen)
 
 
-def first_tensor(output: Any) -> Tensor:
-    """What a model's output is compared by: the tensor itself, or the first one in a tuple, a dict or an output class of
-    transformers (the logits, or the last hidden state). Raises TypeError where there is none."""
-    found = _first_tensor(output)
-    if found is None:
-        raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")
-    return found
-
-
-def _first_tensor(output: Any) -> Tensor | None:
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, in order: a tensor, or any nesting of mappings, sequences and dataclasses. Other objects (a
+    cache of keys and values) are left out."""
     if isinstance(output, Tensor):
-        return output
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return next((t for t in map(_first_tensor, parts) if t is not None), None)
+        yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from tensors_of(part)
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from tensors_of(part)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from tensors_of(getattr(output, field.name))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a model's output is compared by: the tensor itself, or the first one within it, such as the logits or the last hidden
+    state. Raises TypeError where there is none."""
+    for tensor in tensors_of(output):
+        return tensor
+    raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")
+
+
+def float_tensors(output: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,27 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration import float_tensors
 from .nn import QuantLinear
 from .swap import settle
 from .weights import row_blocks
 
 Layer = nn.Linear | QuantLinear
-
-
-def float_tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output, in order: a tensor, or any nesting of mappings, sequences and dataclasses.
-    Other objects (a cache of keys and values) are left out."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        parts = list(output.values())
-    elif isinstance(output, tuple | list):
-        parts = list(output)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    else:
-        return []
-    return [t for part in parts for t in float_tensors(part)]
 
 
 class Distance:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .calibration import batches, evaluating, first_tensor, in_mode
 from .checkpoint import write_tensors
-from .swap import tracked
+from .progress import tracked
 
 WARM_UP, RATE = 50, 1e-3  # of the default optimizer
 Loss = Callable[[Tensor, Any], Tensor]
@@ -124,7 +124,7 @@ def distill(
         state = _State(student, pairs.maps, optimizer)
         done = state.load(checkpoint)
         stream.skip(done)
-        for step in tracked(list(range(done + 1, steps + 1)), progress, "distilling"):
+        for step in tracked(range(done + 1, steps + 1), "distilling", progress):
             call, target = _split(stream.next(), target_loss is not None)
             if scheduled:
                 for group in optimizer.param_groups:

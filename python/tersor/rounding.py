@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .calibration import Trace, batches, evaluating, watched
 from .formats import Binary, Format, Int4, Ternary
 from .nn import QuantLinear, has_values
+from .progress import tracked
 from .pruning_scores import COLUMNS, Hessian, at_least_float32, inverse_factor, replace_columns_
 from .selection import Filter, some
-from .swap import Config, Place, plan, settle, share_weight, swap_group, tracked
+from .swap import Config, Place, plan, settle, share_weight, swap_group
 
 # Formats whose codes can be chosen one by one. Int8's follow from the row; BinaryXnor's error is not a matter of the weight alone.
 ROUNDED = (Int4, Ternary, Binary)
@@ -44,7 +45,7 @@ def gptq_(model: nn.Module, config: Config, inputs: Any, filter_fn: Filter | Non
             raise ValueError(f"gptq_: inputs never reach {some(missed)}; leave them out of the config")
         if not trace.finite:
             raise ValueError("gptq_: a layer is given NaN or inf on the inputs; nothing was changed")
-        for group in tracked(trace.order, progress, "rounding layers"):
+        for group in tracked(trace.order, "rounding layers", progress):
             todo = [shared.pop(id(layer.weight)) for layer in group if id(layer.weight) in shared]
             hessian = None
             if any(isinstance(place.format, ROUNDED) for part in todo for place in part):

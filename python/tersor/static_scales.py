@@ -14,9 +14,12 @@ from .observers import Magnitudes, Observer, as_observer
 from .selection import Filter, Rules, Task, choose, some
 from .swap import Config
 
-# A typical row should reach this code at least: below it half a step, the largest rounding error, is above 1/32 of its absmax.
+# A typical row should reach this code at least: below it half a step, the largest rounding error, is above 1/32 of its absmax. By
+# "minmax" 8 of SmolLM2's 210 layers lie below, the lowest at 0.1, and 2 of MiniLM's 37, at 14 and 15.
 _FEW_CODES = 16
-# Of the sum of x**2 that a scale may lose. Rounding alone loses 0.01 % (a normal row of absmax 4 sigma: (4 / 127)**2 / 12).
+# Of the sum of x**2 that a scale may lose. Rounding alone loses 0.01 % (a normal row of absmax 4 sigma: (4 / 127)**2 / 12), the
+# median layer of both models 0.2 %. By "percentile" 6 layers of SmolLM2 lose more than this, one of them all, and 4 of MiniLM up to
+# 17 %, which it can bear (docs/accuracy.md).
 _LOST = 0.05
 
 

@@ -18,11 +18,11 @@ from .choice import Choice, row_counts
 from .formats import BY_BITS, Format, Int8Dynamic
 from .nn import QuantLinear, has_values
 from .ops.checks import as_rows
+from .progress import tracked
 from .selection import Filter, Rules, Spot, Task, choose, some
 from .weights import row_blocks
 
 logger = logging.getLogger("tersor")
-T = TypeVar("T")
 L = TypeVar("L", bound=nn.Module)
 
 Config = Format | Mapping[str, "Format | None"]
@@ -197,7 +197,7 @@ def _faster(model: nn.Module, places: list[Place], only_if_faster: Any, progress
     """The places whose packed layer was measured to be faster; the others are logged."""
     rows = row_counts(model, [place.layer() for place in places], only_if_faster)
     choice, faster, stay = Choice(), [], []
-    for place in tracked(places, progress, "measuring layers"):
+    for place in tracked(places, "measuring layers", progress):
         counts = rows[id(place.layer())]
         best = choice.best(place.layer(), place.format, counts) if counts else None
         if best is None:
@@ -223,7 +223,7 @@ def _swap_all(places: list[Place], device: torch.device | str | None, progress: 
         return layer if device is None else layer.to(device)
 
     # The largest weight last: memory has fallen furthest when its packed copy is made.
-    for group in tracked(sorted(groups.values(), key=_weight_size), progress, "quantizing layers"):
+    for group in tracked(sorted(groups.values(), key=_weight_size), "quantizing layers", progress):
         swap_group(group, make)
 
 
@@ -267,15 +267,6 @@ def share_weight(shared: QuantLinear, linear: nn.Linear, fmt: Format) -> QuantLi
     layer.bias = linear.bias
     layer.train(linear.training)
     return layer
-
-
-def tracked(work: list[T], progress: bool, what: str) -> Iterable[T]:
-    if not progress:
-        return work
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(work, what, console=Console(stderr=True))
 
 
 def settle(model: nn.Module) -> None:

@@ -18,7 +18,8 @@ from ..choice import Rows, rows_of_calls
 from ..comparison import exchanged, model_bytes
 from ..formats import Binary, BinaryXnor, Format, Int4, Int8Dynamic, Int8WeightOnly, Ternary
 from ..nn import QuantLinear
-from ..reporting.measure import Metric, distance_between, run_all, score, tracking
+from ..progress import tracking
+from ..reporting.measure import Metric, distance_between, run_all, score
 from ..selection import Rules, Task, choose
 from .hardware import HARDWARE, Hardware
 from .predict import Here, LayerTime, call_cost, can_predict, predict, weight_bytes

@@ -10,12 +10,13 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..advice import hardware
 from ..formats import Format, Int8Dynamic
 from ..nn import QuantLinear
 from .layers import KERNEL, OURS, kernel_only, stored_bytes
@@ -24,32 +25,6 @@ from .peers import Missing, relative_error
 from .timing import Timing, timing_of
 
 Call = Callable[[], object]
-
-
-class DataSheet(NamedTuple):
-    """Dense peaks of a GPU as its maker prints them: TMAC/s (half of TOPS) of int8 and bfloat16, GB/s of its memory."""
-
-    int8: float
-    bf16: float
-    read: float
-
-
-# By a part of the name that torch gives, most specific first.
-DATA_SHEETS: dict[str, DataSheet] = {
-    "A100": DataSheet(312, 156, 2039),
-    "H200": DataSheet(989.5, 494.5, 4800),
-    "H100 PCIe": DataSheet(756.5, 378, 2000),
-    "H100": DataSheet(989.5, 494.5, 3350),
-    "B200": DataSheet(2250, 1125, 8000),
-    "L40S": DataSheet(366.5, 181, 864),
-    "L4": DataSheet(121, 60.5, 300),
-    "RTX 4090": DataSheet(330.3, 82.6, 1008),
-    "RTX 5090": DataSheet(419, 104.8, 1792),
-}
-
-
-def data_sheet(name: str) -> DataSheet | None:
-    return next((sheet for part, sheet in DATA_SHEETS.items() if part in name), None)
 
 
 class Gpu:
@@ -258,12 +233,15 @@ class CudaBench:
             calls[KERNEL], costs[KERNEL] = gpu.captured(kernel), ours_costs
         timings = clock.hot_and_cold(calls, self.rounds, self.seconds)
         baseline = timings[next(iter(calls))][1].best
-        sheet = data_sheet(gpu.name)
+        sheet = hardware.gpu(gpu.name)
         macs = m * n * k
         for name, (hot, cold) in timings.items():
             limit, weights = costs[name]
             moved = weights + m * (k + n) * x.element_size()
-            bounds = {} if sheet is None else {limit: macs / getattr(sheet, limit) / 1e12, "memory": moved / sheet.read / 1e9}
+            bounds: dict[str, float] = {}
+            peak = sheet and {"int8": sheet.int8_ops, "bf16": sheet.bf16_ops}[limit]
+            if sheet and peak:
+                bounds = {limit: 2 * macs / peak, "memory": moved / sheet.bandwidth}
             limited_by = max(bounds, key=lambda b: bounds[b]) if bounds else "not in the table"
             yield CudaRow(
                 k,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..calibration import Batch, batches, evaluating
 from ..comparison import Distance, exchanged
 from ..nn import QuantLinear
-from ..reporting.measure import Metric, score, tracking
+from ..progress import tracking
+from ..reporting.measure import Metric, score
 from ..reporting.pages import markdown_table
 from ..selection import Filter
 from ..swap import Config

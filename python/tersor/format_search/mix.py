@@ -16,7 +16,8 @@ from ..calibration import Batch, batches, evaluating
 from ..choice import Choice, Rows, rows_of_calls
 from ..comparison import exchanged, model_bytes
 from ..formats import Format
-from ..reporting.measure import SECONDS, Metric, run_all, score, tracking
+from ..progress import tracking
+from ..reporting.measure import SECONDS, Metric, run_all, score
 from ..reporting.pages import markdown_table
 from ..selection import Filter
 from ..swap import Config
@@ -58,14 +59,23 @@ class Search(dict[str, "Format | None"]):
 
     trials   all mixes whose metric was measured: float, each format for all layers, and those on the way; chosen: this one
     exact    whether every faster mix was tried; else a greedy path was followed
+    thorough every mix of that path was tried which is faster than the one found, and by its layers at least so many times as fast
+             as the fastest: as given to search(), 0 if exact
     remarks  formats that do not fit some layer
     """
 
     def __init__(
-        self, config: dict[str, Format | None], trials: Sequence[Trial], max_drop: float, exact: bool, remarks: Sequence[str]
+        self,
+        config: dict[str, Format | None],
+        trials: Sequence[Trial],
+        max_drop: float,
+        exact: bool,
+        thorough: float,
+        remarks: Sequence[str],
     ) -> None:
         super().__init__(config)
-        self.trials, self.max_drop, self.exact, self.remarks = tuple(trials), max_drop, exact, tuple(remarks)
+        self.trials, self.max_drop, self.exact, self.thorough = tuple(trials), max_drop, exact, thorough
+        self.remarks = tuple(remarks)
 
     @property
     def chosen(self) -> Trial:
@@ -76,6 +86,7 @@ class Search(dict[str, "Format | None"]):
             "config": {fqn: None if fmt is None else fmt.to_dict() for fqn, fmt in self.items()},
             "max_drop": self.max_drop,
             "exact": self.exact,
+            "thorough": self.thorough,
             "trials": [trial.to_dict() for trial in self.trials],
             "remarks": list(self.remarks),
         }
@@ -123,6 +134,7 @@ def search(
     metric: Metric,
     damage_inputs: Any = None,
     filter_fn: Filter | None = None,
+    thorough: float = 1.0,
     path: str | Path | None = None,
     rounds: int = 7,
     progress: bool = False,
@@ -138,6 +150,9 @@ def search(
               what the damage of each layer alone is measured on: more than one token of a text, say; None: inputs
     max_drop  in units of the metric, 0 or more
     metric    metric(model) -> float, higher is better; called some ten times
+    thorough  0.9, say: of a path (see below) every mix is tried whose layers are at least 0.9 times as fast as the fastest mix's,
+              so that the table shows whether one holds. A metric with noise has such that bisection passes by. 1: bisection alone;
+              0: all that are faster than the one it finds, at worst as many calls of the metric as there are layers and formats
     path      a JSON file: a search that was stopped goes on from it
     rounds    how often each whole model is timed
     progress  progress bars on stderr
@@ -152,6 +167,8 @@ def search(
         raise TypeError(f"search: metric is {type(metric).__name__}, expected a function metric(model) -> float")
     if not max_drop >= 0:
         raise ValueError(f"search: max_drop is {max_drop}, expected 0 or more, in units of the metric")
+    if not 0 <= thorough <= 1:
+        raise ValueError(f"search: thorough is {thorough}, expected a number from 0 to 1")
     calls = batches(inputs, "search: inputs")
     units, remarks = units_of(model, formats, filter_fn, "search")
     with evaluating(model):
@@ -164,8 +181,8 @@ def search(
         judged_on = calls if damage_inputs is None else batches(damage_inputs, "search: damage_inputs")
         run.measure_layers([counts[id(unit.layer)] for unit in units], judged_on, progress)
         exact = math.prod(len(unit.formats) + 1 for unit in units) <= EXACT
-        run.walk(max_drop, exact, progress)
-        return run.result(calls, max_drop, exact, remarks, rounds, progress)
+        run.walk(max_drop, exact, thorough, progress)
+        return run.result(calls, max_drop, exact, 0.0 if exact else thorough, remarks, rounds, progress)
 
 
 class _Run:
@@ -227,13 +244,15 @@ class _Run:
             named[f"all {key}"] = tuple(indices)
         return named
 
-    def walk(self, max_drop: float, exact: bool, progress: bool) -> None:
+    def walk(self, max_drop: float, exact: bool, thorough: float, progress: bool) -> None:
         """Measures the metric of mixes until the fastest that keeps it is known."""
         if exact:
             path = sorted(itertools.product(*(range(len(options)) for options in self.options)), key=self.layers_s)
         else:
             path = frontier(self.seconds, self.damage)
-        most = len(path) if exact else math.ceil(math.log2(len(path) + 1)) + 1
+        limit = self.layers_s(path[0]) / thorough if thorough else math.inf
+        near = [mix for mix in path[1:] if self.layers_s(mix) <= limit] if thorough < 1 else []
+        most = len(path) if exact else math.ceil(math.log2(len(path) + 1)) + 1 + len(near)
         with tracking(1 + len(self.uniform()) + most, "metric", progress) as step:
             floor = self.score(self.floats) - max_drop
             step("metric")
@@ -256,8 +275,14 @@ class _Run:
                 else:
                     low = middle + 1
                 step("metric")
+            for mix in near:
+                if path.index(mix) < low:
+                    self.score(mix)
+                step("metric")
 
-    def result(self, calls: list[Batch], max_drop: float, exact: bool, remarks: list[str], rounds: int, progress: bool) -> Search:
+    def result(
+        self, calls: list[Batch], max_drop: float, exact: bool, thorough: float, remarks: list[str], rounds: int, progress: bool
+    ) -> Search:
         names = {self.floats: "float"} | {mix: name for name, mix in self.uniform().items()}
         base = self.metrics[self.floats]
         within = sorted((mix for mix, value in self.metrics.items() if base - value <= max_drop), key=self.layers_s)
@@ -280,7 +305,7 @@ class _Run:
             for mix in sorted(self.metrics, key=self.layers_s)
         ]
         config = {name: options[i] for unit, options, i in zip(self.units, self.options, best, strict=True) for name in unit.names}
-        return Search({"_default": None, **config}, trials, max_drop, exact, remarks)
+        return Search({"_default": None, **config}, trials, max_drop, exact, thorough, remarks)
 
     def summary(self, mix: Mix) -> str:
         """How many layers have which format."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from ..calibration import Batch, batches, evaluating, watched
 from ..choice import Rows, race, rows_of_calls
 from ..comparison import Distance, Layer, exchanged, linear_layers, model_bytes
 from ..nn import QuantLinear
+from ..progress import tracking
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -148,22 +148,6 @@ class Report:
 
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def tracking(total: int, what: str, progress: bool) -> Iterator[Callable[[str], None]]:
-    """A function that advances a progress bar on stderr and says what comes next; it does nothing where progress is False."""
-    if not progress:
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # No refresh from a second thread: it would run inside the timed calls.
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda text: bar.update(task, description=text, advance=1, refresh=True)
 
 
 def report(

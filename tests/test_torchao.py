@@ -107,7 +107,7 @@ def test_a_subclass_stays_float(caplog):
 def test_errors():
     with pytest.raises(TypeError, match=r"format is 'int8', expected a format such as tersor.Int8Dynamic\(\); formats by name"):
         TersorConfig("int8")
-    with pytest.raises(ValueError, match=r"filter_fn chose a Sequential, expected nn.Linear; submodules=True"):
+    with pytest.raises(ValueError, match=r"told to convert a Sequential, expected nn.Linear; submodules=True"):
         torchao_quantize_(mlp(), TersorConfig(), whole_model)
     with pytest.raises(ValueError, match="must divide in_features=48"):
         torchao_quantize_(mlp(), TersorConfig(Int4(32)))

@@ -76,7 +76,7 @@ def _swap(module: nn.Module, config: TersorConfig, *, parameter_name: str | None
         if config.submodules:
             return quantize_(module, config.format)
         raise ValueError(
-            f"TersorConfig: filter_fn chose a {type(module).__name__}, expected nn.Linear; "
+            f"TersorConfig: torchao was told to convert a {type(module).__name__}, expected nn.Linear; "
             "submodules=True swaps every nn.Linear in it"
         )
     if mask_of(module):

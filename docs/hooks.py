@@ -10,19 +10,21 @@ from typing import Any
 import griffe
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-_INCLUDE = re.compile(r"^<!-- README: (.+) -->$", re.M)
+_INCLUDE = re.compile(r"^<!-- README: (.+?)(?:, from (.+))? -->$", re.M)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """`<!-- README: heading -->` on a line of its own is replaced by that section, so that every figure stands in one place."""
-    return _INCLUDE.sub(lambda match: _readme_section(match[1]), markdown)
+    """`<!-- README: heading -->` on a line of its own is replaced by that section, or by what begins with the words after `from`,
+    so that every figure stands in one place."""
+    return _INCLUDE.sub(lambda match: _readme_section(match[1], match[2] or ""), markdown)
 
 
-def _readme_section(heading: str) -> str:
+def _readme_section(heading: str, begin: str) -> str:
     sections = re.split(r"^##? (.+)$", README.read_text(), flags=re.M)
     if heading not in sections[1::2]:
         raise ValueError(f"README.md has no section {heading!r}")
-    return sections[sections.index(heading) + 1].replace("](docs/", "](").strip()
+    section = sections[sections.index(heading) + 1]
+    return section[section.index(begin) :].replace("](docs/", "](").strip()
 
 
 class PlainDocstrings(griffe.Extension):

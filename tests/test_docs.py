@@ -44,6 +44,9 @@ def test_the_api_pages_hold_every_public_name():
     text = "".join(path.read_text() for path in (ROOT / "docs").glob("api*.md"))
     shown = set(re.findall(r"^::: tersor\.(\w+)$", text, re.M))
     assert shown >= {*tersor._PUBLIC, *tersor._SUBMODULES}
+    shown = set(re.findall(r"^ {8}- (\w+)$|^::: tersor\.ops\.\w+\.(\w+)$", text, re.M))
+    ops = {op.public_name for op in tersor.ops.OPS.values() if not op.public_name.endswith("_differentiable")}
+    assert {a or b for a, b in shown} >= ops
 
 
 def test_every_page_is_in_the_navigation():

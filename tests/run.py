@@ -259,7 +259,7 @@ def docs(full: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         run(BIN / "pip", "install", "-q", "--no-deps", "--no-compile", "-r", pins, "--target", folder)
         shutil.copy(pins, installed)
-    run(sys.executable, "-m", "mkdocs", "build", "-q", "--strict", PYTHONPATH=str(folder), NO_MKDOCS_2_WARNING="1")
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", PYTHONPATH=str(folder), NO_MKDOCS_2_WARNING="1")
     for page in (BUILD / "site").glob("*.html"):
         if found := re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?((?:https?:)?//[^"' >]+)""", page.read_text()):
             raise SystemExit(f"{page.name} would fetch {found}: the site has to work without a network")

@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = r-cran-janeaustenr dataset-fashion-mnist wordnet-base
 
-.PHONY: demo demo-few-bits demo-sparse demo-accuracy test test-full test-xla targets dev bench peers data fmt lint wheel install clean
+.PHONY: demo demo-few-bits demo-sparse demo-accuracy test test-full test-xla targets dev docs bench peers data fmt lint wheel install clean
 
 demo: install  ## swap a real sentence-embedding model and compare it with fp32 and torch's quantize_dynamic
 	$(BIN)/python bench/minilm.py
@@ -37,6 +37,9 @@ test-full: $(VENV)/.ready  ## everything: each instruction set, slow cases, long
 
 test-xla: install  ## the lowerings for TPUs alone: JAX on the CPU, and the TPU compiler without a TPU
 	$(BIN)/python tests/run.py --full --only xla
+
+docs: $(VENV)/.ready  ## the documentation site in build/site, built strictly
+	$(BIN)/python tests/run.py --only docs
 
 targets: install peers  ## measure every figure this project promises
 	$(BIN)/python bench/targets.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,20 @@ def examples(full: bool) -> None:
         run(sys.executable, f"bench/{name}.py", *arguments, "--short")
 
 
+def docs(full: bool) -> None:
+    """The documentation site in build/site, strictly: a broken link, an unknown name or a page outside the navigation fails."""
+    folder, pins = BUILD / "docs-tools", ROOT / "docs" / "requirements.txt"
+    installed = folder / "requirements.txt"
+    if not installed.exists() or installed.read_bytes() != pins.read_bytes():
+        shutil.rmtree(folder, ignore_errors=True)
+        run(BIN / "pip", "install", "-q", "--no-deps", "--no-compile", "-r", pins, "--target", folder)
+        shutil.copy(pins, installed)
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", PYTHONPATH=str(folder), NO_MKDOCS_2_WARNING="1")
+    for page in (BUILD / "site").glob("*.html"):
+        if found := re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?((?:https?:)?//[^"' >]+)""", page.read_text()):
+            raise SystemExit(f"{page.name} would fetch {found}: the site has to work without a network")
+
+
 PARTS: dict[str, Callable[[bool], None]] = {
     "install": install,
     "lint": lint,
@@ -291,6 +306,7 @@ PARTS: dict[str, Callable[[bool], None]] = {
     "xla": xla,
     "wheels": wheels,
     "examples": examples,
+    "docs": docs,
 }
 
 
@@ -303,6 +319,7 @@ ORDER = (
     "arm",
     "other_variants",
     "no_native",
+    "docs",
     "fuzz",
     "xla",
     "amx",

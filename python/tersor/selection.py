@@ -189,15 +189,21 @@ def has_hooks(layer: nn.Module) -> bool:
     return any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in layer.__dict__
 
 
-def _unfit(layer: nn.Module, parent: nn.Module, name: str, task: Task) -> str | None:
-    """What a layer carries that a swap would lose, or who reads its float weight; or None."""
+def unfit_by_itself(layer: nn.Module, task: Task) -> str | None:
+    """What a layer carries that a swap would lose, as far as the layer alone shows it; or None."""
     lost = ", which a swap would lose" if task.packs else ""
     if has_hooks(layer) and task.packs:
         return f"has hooks or a forward of its own{lost}"
     if "weight" not in layer._parameters:
         return f"has no plain weight (pruned or re-parametrised){lost}"
-    if not task.packs:
-        return None
+    return None
+
+
+def _unfit(layer: nn.Module, parent: nn.Module, name: str, task: Task) -> str | None:
+    """What a layer carries that a swap would lose, or who reads its float weight; or None."""
+    reason = unfit_by_itself(layer, task)
+    if reason or not task.packs:
+        return reason
     if _read_by_attention(parent, name):
         return f"cannot be packed: {_ATTENTION_READS}"
     if reads_base_weight(parent, name):

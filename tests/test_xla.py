@@ -72,6 +72,13 @@ def test_every_op_gives_what_its_reference_gives(env, name: str, jit: bool):
         assert_within(g, w, (2 * (96 + 4) * EPS32 + 2 * EPS[w.dtype]) * scale * 4)
 
 
+@pytest.mark.parametrize("name", ops.OPS)
+def test_every_op_where_jax_has_64_bits(env, name: str):
+    """Where a sum of int8 is int64 unless it is told otherwise (torchax.enable_accuracy_mode)."""
+    with jax.enable_x64(True):
+        test_every_op_gives_what_its_reference_gives(env, name, False)
+
+
 @JIT
 @pytest.mark.parametrize("bits", ops.CODES)
 def test_integers_are_equal_for_every_width(env, bits: int, jit: bool):

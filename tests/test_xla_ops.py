@@ -277,3 +277,20 @@ def test_viewing_a_tensor_as_another_dtype(env):
     ):
         (got,) = called(env, lambda t, dtype=dtype: t.view(dtype), [t], False)
         assert_equal(got.view(torch.uint8), t.view(dtype).view(torch.uint8))
+
+
+def test_a_sum_has_the_dtype_that_was_asked_for(env):
+    for t, dtype in (
+        (torch.randint(-128, 128, (3, 300), dtype=torch.int8), torch.int32),
+        (torch.randn(3, 300).bfloat16(), torch.float32),
+        (torch.randint(0, 2, (3, 7)), torch.uint8),
+    ):
+        for dim, keepdim in (((1,), False), ((0, 1), True)):
+            want = t.sum(dim, keepdim, dtype=dtype)
+            (got,) = called(env, lambda t, dim=dim, keepdim=keepdim, dtype=dtype: t.sum(dim, keepdim, dtype=dtype), [t], False)
+            assert got.dtype == dtype
+            assert got.shape == want.shape
+            if dtype == torch.float32:
+                assert_within(got, want, 2 * t.numel() * EPS32 * t.double().abs().sum(dim, keepdim))
+            else:
+                assert_equal(got, want)

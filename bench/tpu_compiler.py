@@ -77,9 +77,11 @@ def main() -> None:
     for name, model, x in rows:
         print(f"{name}: estimated cycles on " + ", ".join(TOPOLOGIES))
         for fmt in FORMATS:
+            print(f"  {'float32' if fmt is None else fmt!r:18}", end="", flush=True)
             program = exported(swapped(model, fmt), x)
-            cycles = [estimated_cycles(optimised_hlo(program, chip)) for chip in TOPOLOGIES]
-            print(f"  {'float32' if fmt is None else fmt!r:18} " + " ".join(f"{n:>9}" for n in cycles), flush=True)
+            for chip in TOPOLOGIES:
+                print(f" {estimated_cycles(optimised_hlo(program, chip)):>9}", end="", flush=True)
+            print()
 
 
 if __name__ == "__main__":

@@ -244,7 +244,9 @@ def test_sharded_over_a_mesh(env, fmt, density: float | None, style: str):
     with env:
         layer.to("jax")
         xla.shard_(layer, mesh, "model", style)
-        assert len(layer.weight_packed.jax().sharding.device_set) == 4
+        n, k = layer.weight_packed.shape
+        shards = {shard.data.shape for shard in layer.weight_packed.jax().addressable_shards}
+        assert shards == {(n // 4, k) if style == "column" else (n, k // 4)}
         xj = x.to("jax")
         if style == "row":
             xj.apply_jax_(jax.device_put, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model")))
@@ -287,12 +289,14 @@ def test_an_environment_made_before_or_after_has_the_ops():
     code = (
         "import torch, torchax, tersor\n"
         "if {early}: torchax.default_env()\n"
-        "tersor.backends.xla.register()\n"
+        "{register}\n"
         "env = torchax.default_env()\n"
         "assert all(op.raw in env._ops for op in tersor.ops.OPS.values())\n"
     )
-    for early in (True, False):
-        subprocess.run([sys.executable, "-c", "import tersor.backends.xla\n" + code.format(early=early)], check=True)
+    explicitly = "import tersor.backends.xla; tersor.backends.xla.register()"
+    by_a_layer = "with torchax.default_env(): tersor.QuantLinear.from_linear(torch.nn.Linear(8, 4)).to('jax')"
+    for early, register in ((True, explicitly), (False, explicitly), (False, by_a_layer)):
+        subprocess.run([sys.executable, "-c", code.format(early=early, register=register)], check=True)
 
 
 def test_an_old_torchax_is_an_error_that_says_what_to_install(monkeypatch):

@@ -11,100 +11,25 @@ import pytest
 import torch
 from cases import assert_within
 from torch import nn
-from xla_common import JIT, env, jax, torchax, xla
+from xla_common import JIT, env, torchax, xla
 
 import tersor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 pytest.importorskip("transformers", reason="transformers is not installed")
 minilm = pytest.importorskip("minilm_model")
+bench = pytest.importorskip("minilm_xla")
 
 pytestmark = pytest.mark.xla
 
 
-SENTENCES = [
-    "A cat sits on the mat.",
-    "Heavy rain is expected in the north of the country tonight, with floods along the larger rivers.",
-    "The bank raised its interest rates by a quarter of a point.",
-    "Why?",
-]
-
-
-def load_texts():
-    """The float model, and (ids, mask) int64 [4, T] of sentences of different lengths."""
-    model, tokenizer = minilm.load_model(), minilm.load_tokenizer()
-    rows = [e.ids for e in tokenizer.encode_batch(SENTENCES)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return model, ids, mask
-
-
 @pytest.fixture(scope="module")
 def texts():
+    """The float model, and (ids, mask) int64 [4, T] of sentences of different lengths."""
     try:
-        return load_texts()
+        return bench.Embedding(minilm.load_model()), *bench.tokens(bench.SENTENCES)
     except minilm.MissingData as error:
         pytest.skip(str(error))
-
-
-def embedding(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return minilm.sentence_embedding(model, ids, mask)
-
-
-class Embedding(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return embedding(self.model, ids, mask)
-
-
-def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    a, b = a.double(), b.double()
-    return (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
-
-
-class Float32Within(nn.Module):
-    """A layer among parts that compute in float64."""
-
-    def __init__(self, layer: tersor.QuantLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x.float()).double()
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    """In place: everything but the quantised layers computes in float64, weights unchanged."""
-    for module in list(model.modules()):
-        if isinstance(module, tersor.QuantLinear):
-            continue
-        for name, child in list(module.named_children()):
-            if isinstance(child, tersor.QuantLinear):
-                setattr(module, name, Float32Within(child))
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.double()
-    return model
-
-
-def float64_embeddings_apart(jit: bool) -> tuple[float, float]:
-    """(least cosine, largest difference) of the sentences between the CPU kernels and the lowerings, all else in float64."""
-    jax.config.update("jax_enable_x64", True)
-    xla.register()
-    env = torchax.default_env()
-    _, ids, mask = load_texts()
-    model = Embedding(in_float64(tersor.quantize_(minilm.load_model(), tersor.Int8Dynamic())))
-    with torch.no_grad():
-        want = model(ids, mask)
-        with env:
-            model.to("jax")
-            call = torchax.interop.JittableModule(model) if jit else model
-            got = call(ids.to("jax"), mask.to("jax")).torch().detach()
-    assert got.dtype == torch.float64
-    return cosines(got, want).min().item(), (got - want).abs().max().item()
 
 
 @pytest.mark.slow
@@ -115,40 +40,34 @@ def test_minilm_end_to_end(texts, monkeypatch, jit: bool):
     # In a process of its own, where JAX may have 64 bits, and compiles for a CPU without fma, as the layers' arithmetic is defined.
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        cosine, apart = pool.submit(float64_embeddings_apart, jit).result()
+        cosine, apart = pool.submit(bench.float64_apart, bench.SENTENCES, jit).result()
     assert cosine >= 0.99999
     assert apart <= 1e-12
 
 
 @JIT
-def test_minilm_with_the_float_parts_of_either(env, texts, jit: bool):
+def test_minilm_with_the_float_parts_of_either(texts, jit: bool):
     """In float32 JAX's softmax, norms and gelu differ from torch's by ulps. One ulp across a tie of the quantiser is a step of
-    1 / 127, and the steps after it follow, so that a sentence differs by nothing or by a part of what the format itself costs it."""
-    model, ids, mask = texts
-    swapped = tersor.quantize_(minilm.load_model(), tersor.Int8Dynamic())
+    1 / 127, and the steps after it follow: a sentence differs by nothing or by a part of what the format itself costs it."""
+    floats, ids, mask = texts
+    swapped = bench.swapped(False)
     with torch.no_grad():
-        want, floats = embedding(swapped, ids, mask), embedding(model, ids, mask)
-        with env:
-            swapped.to("jax")
-            call = torchax.interop.JittableModule(Embedding(swapped)) if jit else Embedding(swapped)
-            got = call(ids.to("jax"), mask.to("jax")).torch().detach()
-    same = cosines(got, want)
+        want, unquantised = swapped(ids, mask), floats(ids, mask)
+        got = bench.on_jax(swapped, ids, mask, jit)
+    same = bench.cosines(got, want)
     assert same.median() >= 0.99999
-    assert (1 - same <= 1 - cosines(want, floats)).all()
+    assert (1 - same <= 1 - bench.cosines(want, unquantised)).all()
 
 
 @JIT
-def test_minilm_with_float_activations(env, texts, jit: bool):
+def test_minilm_with_float_activations(texts, jit: bool):
     """Nothing is rounded at run time, so ulps stay ulps."""
     _, ids, mask = texts
-    swapped = tersor.quantize_(minilm.load_model(), tersor.Int8WeightOnly())
+    swapped = bench.Embedding(tersor.quantize_(minilm.load_model(), tersor.Int8WeightOnly()))
     with torch.no_grad():
-        want = embedding(swapped, ids, mask)
-        with env:
-            swapped.to("jax")
-            call = torchax.interop.JittableModule(Embedding(swapped)) if jit else Embedding(swapped)
-            got = call(ids.to("jax"), mask.to("jax")).torch().detach()
-    assert cosines(got, want).min() >= 0.99999
+        want = swapped(ids, mask)
+        got = bench.on_jax(swapped, ids, mask, jit)
+    assert bench.cosines(got, want).min() >= 0.99999
 
 
 @JIT

@@ -126,7 +126,8 @@ def _sum(x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, *, dty
     from torchax.ops import mappings
 
     to = None if dtype is None else mappings.t2j_dtype(dtype)
-    return jax.numpy.sum(x, tuple(dim) if dim else None, dtype=to, keepdims=keepdim)
+    axes = tuple(dim) if dim and x.ndim else None  # torch lets a scalar have a dim 0
+    return jax.numpy.sum(x, axes, dtype=to, keepdims=keepdim)
 
 
 def _pull_back(epilogue: str, before: Tensor, grad: Tensor) -> Tensor:

@@ -27,12 +27,15 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 FORMATS = [None, tersor.Int8Dynamic(), tersor.Int8WeightOnly(), tersor.Binary(), tersor.BinaryXnor()]
 
 
-def optimised_hlo(model: nn.Module, x: torch.Tensor, chip: str) -> str:
-    """The optimised HLO of the exported model for one chip, a key of TOPOLOGIES."""
+def exported(model: nn.Module, x: torch.Tensor) -> jax.export.Exported:
+    return xla.export(model, (x,), platforms=("tpu",), dynamic_batch=False)
+
+
+def optimised_hlo(program: jax.export.Exported, chip: str) -> str:
+    """What the compiler makes of an exported model for one chip, a key of TOPOLOGIES."""
     device = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
-    exported = xla.export(model, (x,), dynamic_batch=False)
-    lowered = jax.jit(exported.call, in_shardings=place, out_shardings=place).lower(*exported.in_avals)
+    lowered = jax.jit(program.call, in_shardings=place, out_shardings=place).lower(*program.in_avals)
     return lowered.compile().as_text()
 
 
@@ -74,8 +77,11 @@ def main() -> None:
     for name, model, x in rows:
         print(f"{name}: estimated cycles on " + ", ".join(TOPOLOGIES))
         for fmt in FORMATS:
-            cycles = [estimated_cycles(optimised_hlo(swapped(model, fmt), x, chip)) for chip in TOPOLOGIES]
-            print(f"  {'float32' if fmt is None else fmt!r:18} " + " ".join(f"{n:>9}" for n in cycles), flush=True)
+            print(f"  {'float32' if fmt is None else fmt!r:18}", end="", flush=True)
+            program = exported(swapped(model, fmt), x)
+            for chip in TOPOLOGIES:
+                print(f" {estimated_cycles(optimised_hlo(program, chip)):>9}", end="", flush=True)
+            print()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -246,18 +247,21 @@ def no_native(full: bool) -> None:
 
 
 def xla(full: bool) -> None:
-    """The references through torchax on JAX CPU, and compiled for TPUs; torchax and libtpu go into a folder of their own."""
+    """The references through torchax on JAX CPU, and compiled for TPUs, in a venv of its own that sees this one's packages."""
     folder = BUILD / "xla"
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     if full:
-        packages = ("-r", "tests/requirements_xla.txt", "--target", folder)
-        run(BIN / "pip", "install", "-q", "--no-deps", "--upgrade", *packages)
-    elif not (folder / "torchax").is_dir():
+        run(sys.executable, "-m", "venv", folder)
+        (packages / "environment.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+        run(folder / "bin" / "pip", "install", "-q", "--no-deps", "-r", "tests/requirements_xla.txt")
+    elif not (packages / "torchax").is_dir():
         print("skipped: no torchax in build/xla; make test-xla installs it", flush=True)
         return
     # A process of their own: torchax changes torch's devices for good. The TPU compiler and MiniLM op by op take minutes.
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_xla*.py"))
     chosen = ("-m", "xla" if full else "xla and not slow and not tpu_aot")
-    pytest(*tests, *chosen, PYTHONPATH=str(folder), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", **(SLOW_FLAGS if full else {}))
+    env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **(SLOW_FLAGS if full else {})}
+    run(folder / "bin" / "python", "-m", "pytest", *tests, *chosen, **env)
 
 
 def wheels(full: bool) -> None:

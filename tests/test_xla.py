@@ -72,6 +72,13 @@ def test_every_op_gives_what_its_reference_gives(env, name: str, jit: bool):
         assert_within(g, w, (2 * (96 + 4) * EPS32 + 2 * EPS[w.dtype]) * scale * 4)
 
 
+@pytest.mark.parametrize("name", ops.OPS)
+def test_every_op_where_jax_has_64_bits(env, name: str):
+    """Where a sum of int8 is int64 unless it is told otherwise (torchax.enable_accuracy_mode)."""
+    with jax.enable_x64(True):
+        test_every_op_gives_what_its_reference_gives(env, name, False)
+
+
 @JIT
 @pytest.mark.parametrize("bits", ops.CODES)
 def test_integers_are_equal_for_every_width(env, bits: int, jit: bool):
@@ -237,7 +244,9 @@ def test_sharded_over_a_mesh(env, fmt, density: float | None, style: str):
     with env:
         layer.to("jax")
         xla.shard_(layer, mesh, "model", style)
-        assert len(layer.weight_packed.jax().sharding.device_set) == 4
+        n, k = layer.weight_packed.shape
+        shards = {shard.data.shape for shard in layer.weight_packed.jax().addressable_shards}
+        assert shards == {(n // 4, k) if style == "column" else (n, k // 4)}
         xj = x.to("jax")
         if style == "row":
             xj.apply_jax_(jax.device_put, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model")))
@@ -280,12 +289,14 @@ def test_an_environment_made_before_or_after_has_the_ops():
     code = (
         "import torch, torchax, tersor\n"
         "if {early}: torchax.default_env()\n"
-        "tersor.backends.xla.register()\n"
+        "{register}\n"
         "env = torchax.default_env()\n"
         "assert all(op.raw in env._ops for op in tersor.ops.OPS.values())\n"
     )
-    for early in (True, False):
-        subprocess.run([sys.executable, "-c", "import tersor.backends.xla\n" + code.format(early=early)], check=True)
+    explicitly = "import tersor.backends.xla; tersor.backends.xla.register()"
+    by_a_layer = "with torchax.default_env(): tersor.QuantLinear.from_linear(torch.nn.Linear(8, 4)).to('jax')"
+    for early, register in ((True, explicitly), (False, explicitly), (False, by_a_layer)):
+        subprocess.run([sys.executable, "-c", code.format(early=early, register=register)], check=True)
 
 
 def test_an_old_torchax_is_an_error_that_says_what_to_install(monkeypatch):

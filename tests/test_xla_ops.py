@@ -217,9 +217,13 @@ def test_gradients_are_of_seven_layers():
     assert len(WITH_GRADIENTS) == 7
 
 
-@pytest.mark.parametrize("epilogue", ops.EPILOGUES)
+@pytest.mark.parametrize(
+    ("epilogue", "jit"),
+    [(epilogue, False) for epilogue in ops.EPILOGUES] + [("gelu", True)],
+    ids=lambda v: {True: "jit", False: ""}.get(v, v),
+)
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
-def test_gradients(env, name: str, epilogue: str):
+def test_gradients(env, name: str, epilogue: str, jit: bool):
     op, dtype = ops.OPS[name], torch.float32
     given = linear_args(name, dtype, storage="windows") | {"epilogue": epilogue}
     wanted = ["x", "bias"]
@@ -240,8 +244,11 @@ def test_gradients(env, name: str, epilogue: str):
             whole[i] = leaf
         return lowered(*whole)
 
-    _, pull = jax.vjp(f, *(arrays[i] for i in at))
-    got = {key: torch.from_dlpack(g) for key, g in zip(wanted, pull(jax.numpy.asarray(grad.numpy())), strict=True)}
+    def pull(grad, *leaves):
+        return jax.vjp(f, *leaves)[1](grad)
+
+    pulled = (jax.jit(pull) if jit else pull)(jax.numpy.asarray(grad.numpy()), *(arrays[i] for i in at))
+    got = {key: torch.from_dlpack(g) for key, g in zip(wanted, pulled, strict=True)}
     # N (x) or M (bias) terms in another order, and the slope of the activation, 1.13 at most, at values that differ by 4 roundings:
     # abs(value times second derivative) < 1.2, and the slope's own evaluation, 32 roundings in each.
     slopes = 1.13 * grad.double().abs()
@@ -277,3 +284,22 @@ def test_viewing_a_tensor_as_another_dtype(env):
     ):
         (got,) = called(env, lambda t, dtype=dtype: t.view(dtype), [t], False)
         assert_equal(got.view(torch.uint8), t.view(dtype).view(torch.uint8))
+
+
+def test_a_sum_has_the_dtype_that_was_asked_for(env):
+    (got,) = called(env, lambda t: t.sum(0, dtype=torch.float32), [torch.tensor(3)], False)
+    assert_equal(got, torch.tensor(3.0))
+    for t, dtype in (
+        (torch.randint(-128, 128, (3, 300), dtype=torch.int8), torch.int32),
+        (torch.randn(3, 300).bfloat16(), torch.float32),
+        (torch.randint(0, 2, (3, 7)), torch.uint8),
+    ):
+        for dim, keepdim in (((1,), False), ((0, 1), True)):
+            want = t.sum(dim, keepdim, dtype=dtype)
+            (got,) = called(env, lambda t, dim=dim, keepdim=keepdim, dtype=dtype: t.sum(dim, keepdim, dtype=dtype), [t], False)
+            assert got.dtype == dtype
+            assert got.shape == want.shape
+            if dtype == torch.float32:
+                assert_within(got, want, 2 * t.numel() * EPS32 * t.double().abs().sum(dim, keepdim))
+            else:
+                assert_equal(got, want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections import Counter
@@ -59,11 +60,24 @@ def products(hlo: str, weights: list[tuple[int, int]]) -> dict[int, list[str]]:
     return by_channels
 
 
+@functools.cache
+def exported_layer(fmt):
+    model = nn.Sequential(tersor.QuantLinear.from_linear(nn.Linear(K, N), fmt), nn.ReLU())
+    return tpu.exported(model, torch.randn(M, K))
+
+
+@functools.cache
+def exported_encoder_layer(fmt):
+    """The program, and [N, K] of its layers."""
+    model = tpu.swapped(tpu.encoder_layer(), fmt)
+    layers = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, tersor.QuantLinear)]
+    return tpu.exported(model, torch.randn(8, 128, 384)), layers
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_one_s8_convolution_with_the_epilogue_in_its_fusion(fmt, chip: str):
-    model = nn.Sequential(tersor.QuantLinear.from_linear(nn.Linear(K, N), fmt), nn.ReLU())
-    hlo = tpu.optimised_hlo(model, torch.randn(M, K), chip)
+    hlo = tpu.optimised_hlo(exported_layer(fmt), chip)
     assert not re.search(r"= (f32|bf16)\[[\d,]*\]\S* (convolution|dot)\(", hlo), "no float product"
     ((text,),) = products(hlo, [(N, K)]).values()
     assert " maximum(" in text, "relu is in the same fusion"
@@ -75,12 +89,11 @@ def test_the_layers_of_an_encoder_layer(fmt, chip: str):
     """MiniLM: q, k, v and the output projection, then the feed-forward pair with gelu between."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     try:
-        model = tpu.swapped(tpu.encoder_layer(), fmt)
+        program, layers = exported_encoder_layer(fmt)
     except sys.modules["minilm_model"].MissingData as error:
         pytest.skip(str(error))
-    layers = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, tersor.QuantLinear)]
     assert len(layers) == 6
-    hlo = tpu.optimised_hlo(model, torch.randn(8, 128, 384), chip)
+    hlo = tpu.optimised_hlo(program, chip)
     (text,) = products(hlo, layers)[1536]
     assert " exponential(" in text, "gelu is in the same fusion"
 

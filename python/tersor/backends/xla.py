@@ -62,6 +62,7 @@ def register() -> None:
     lowerings[torch.ops.tersor_xla.dot_s8.default] = dot_s8
     lowerings[torch.ops.tersor_xla.dot_f32.default] = dot_f32
     lowerings[torch.ops.aten.view.dtype] = _view_as  # torchax has none, and takes the dtype for a shape
+    lowerings[torch.ops.aten.sum.dim_IntList] = _sum  # torchax's forgets the dtype
     registry = torchax.ops.ops_registry
     # An environment copies the registry when it is made; one that exists already has a table of its own.
     tables = [registry.all_aten_ops] + ([] if torchax._env is None else [torchax._env._ops])
@@ -117,6 +118,16 @@ def _view_as(x: Any, dtype: torch.dtype) -> Any:
         x = x.reshape(*x.shape[:-1], -1, wanted // size)
     out = jax.lax.bitcast_convert_type(x, to)
     return out if wanted >= size else out.reshape(*x.shape[:-1], -1)
+
+
+def _sum(x: Any, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    """JAX: Tensor.sum(dim, keepdim, dtype=dtype)."""
+    import jax
+    from torchax.ops import mappings
+
+    to = None if dtype is None else mappings.t2j_dtype(dtype)
+    axes = tuple(dim) if dim and x.ndim else None  # torch lets a scalar have a dim 0
+    return jax.numpy.sum(x, axes, dtype=to, keepdims=keepdim)
 
 
 def _pull_back(epilogue: str, before: Tensor, grad: Tensor) -> Tensor:

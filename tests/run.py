@@ -293,45 +293,26 @@ def docs(full: bool) -> None:
             raise SystemExit(f"{page.name} would fetch {found}: the site has to work without a network")
 
 
+# Install and lint run by themselves; of the rest two run beside each other. The longest begins, amx and older_cpus use what cpp has built.
 PARTS: dict[str, Callable[[bool], None]] = {
     "install": install,
     "lint": lint,
-    "cpp": cpp,
-    "cuda": cuda,
-    "sanitizers": sanitizers,
-    "arm": arm,
-    "fuzz": fuzz,
     "suite": suite,
+    "cpp": cpp,
+    "sanitizers": sanitizers,
+    "cuda": cuda,
+    "arm": arm,
     "other_variants": other_variants,
+    "no_native": no_native,
+    "docs": docs,
+    "fuzz": fuzz,
+    "xla": xla,
     "amx": amx,
     "older_cpus": older_cpus,
     "simde": simde,
-    "no_native": no_native,
-    "xla": xla,
     "wheels": wheels,
     "examples": examples,
-    "docs": docs,
 }
-
-
-# Once the package is installed two parts run beside each other; the longest begins, amx and older_cpus use what cpp has built.
-ORDER = (
-    "suite",
-    "cpp",
-    "sanitizers",
-    "cuda",
-    "arm",
-    "other_variants",
-    "no_native",
-    "docs",
-    "fuzz",
-    "xla",
-    "amx",
-    "older_cpus",
-    "simde",
-    "wheels",
-    "examples",
-)
 
 
 def run_part(name: str, full: bool) -> int:
@@ -368,9 +349,9 @@ def main() -> int:
     start = time.monotonic()
     seconds: dict[str, float] = {}
     failed: list[str] = []
-    run_parts(iter([options.only] if options.only else ["install", "lint"]), options.full, seconds, failed)
+    run_parts(iter([options.only] if options.only else list(PARTS)[:2]), options.full, seconds, failed)
     if not options.only and "install" not in failed:
-        left = iter(ORDER)
+        left = iter(list(PARTS)[2:])
         workers = [threading.Thread(target=run_parts, args=(left, options.full, seconds, failed)) for _ in range(2)]
         for worker in workers:
             worker.start()

@@ -104,8 +104,7 @@ def make_sdist() -> Path:
 
 
 def make_wheel(version: str, python: Path, source: Path) -> Path:
-    """Built on the torch of this environment, whatever the Python: torch's headers are all it takes. The objects stay from one
-    Python to the next, so _torch.so, which has no Python in it, is linked once."""
+    """Built on the torch of this environment, whatever the Python: torch's headers and one library are all it takes."""
     if python != Path(sys.executable):
         python = environment(f"build-{version}", python, "scikit-build-core==1.1.2", "pybind11==3.1.0")
         (torch,) = importlib.util.find_spec("torch").submodule_search_locations
@@ -161,19 +160,19 @@ def check_wheel(wheel: Path, version: str) -> str:
     return hashlib.sha256(torch_ops.read_bytes()).hexdigest()
 
 
-def try_wheel(version: str, python: Path, wheel: Path, torch: str | None) -> None:
-    """Installs it where neither the PATH nor the environment has a compiler, and uses it."""
+def try_wheel(version: str, python: Path, wheel: Path, torch: str | None, sha256: str) -> None:
+    """Installs it where neither the PATH nor the environment has a compiler, and uses it; sha256 of the _torch.so that is to serve."""
     requirements = [*([f"torch=={torch}", "safetensors"] if torch else []), "numpy", "rich", "click"]
     python = environment(f"torch-{torch}" if torch else f"numpy-{version}", python, *requirements)
     run(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
     bare = {"PATH": str(python.parent), "PYTHONPATH": ""}
     assert not any(shutil.which(name, path=bare["PATH"]) for name in ("cc", "gcc", "g++", "clang", "c++"))
     if torch:
-        run(python, ROOT / "tests" / "smoke.py", cwd=WORK, **bare)
+        assert f"_torch.so {sha256}" in run(python, ROOT / "tests" / "smoke.py", cwd=WORK, **bare)
     else:
         code = (
             "import numpy, tersor.numpy as n; x = numpy.ones((3, 40), numpy.float32); w, s = n.quantize_weight(x);"
-            "y = n.linear_dynamic(x, n.pack(w), s, None); assert (y == y[0, 0]).all() and abs(y[0, 0] - 40) < 0.5; print(n.info()['kernels'])"
+            "y = n.linear_dynamic(x, w, s, None); assert (y == y[0, 0]).all() and abs(y[0, 0] - 40) < 0.5; print(n.info()['kernels'])"
         )
         run(python, "-c", code, cwd=WORK, **bare)
 
@@ -194,7 +193,7 @@ def main() -> None:
     run(sys.executable, "-m", "pytest", "--noconftest", "tests/test_symbols.py", TERSOR_CPP_BUILD=str(OBJECTS))
     assert len(set(sums.values())) == 1, f"_torch.so differs between Pythons: {sums}"
     for version, wheel in wheels.items():
-        try_wheel(version, found[version], wheel, TRIED[version])
+        try_wheel(version, found[version], wheel, TRIED[version], sums[version])
     if not options.quick and all(map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64-static"))):
         run("tests/arm_torch.sh", sys.executable, "wheel")
         (cross_built,) = (ROOT / "build" / "arm-torch" / "wheel").iterdir()

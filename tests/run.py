@@ -257,7 +257,7 @@ def xla(full: bool) -> None:
     elif not (packages / "torchax").is_dir():
         print("skipped: no torchax in build/xla; make test-xla installs it", flush=True)
         return
-    # A process of their own: torchax changes torch's devices for good. The TPU compiler and MiniLM op by op take minutes.
+    # A process of their own: torchax changes torch's devices for good. The TPU compiler, MiniLM and every option of every op take minutes.
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_xla*.py"))
     chosen = ("-m", "xla" if full else "xla and not slow and not tpu_aot")
     env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **(SLOW_FLAGS if full else {})}

@@ -72,6 +72,7 @@ def test_every_op_gives_what_its_reference_gives(env, name: str, jit: bool):
         assert_within(g, w, (2 * (96 + 4) * EPS32 + 2 * EPS[w.dtype]) * scale * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ops.OPS)
 def test_every_op_where_jax_has_64_bits(env, name: str):
     """Where a sum of int8 is int64 unless it is told otherwise (torchax.enable_accuracy_mode)."""
@@ -201,6 +202,7 @@ def test_export_runs_without_torch_and_without_this_package(env, tmp_path):
         assert_within(torch.from_numpy(numpy.load(tmp_path / f"y{m}.npy")), want, 1.01 * step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_a_layer_made_there_is_the_one_made_here(env, fmt):
     linear = nn.Linear(96, 37)
@@ -217,6 +219,7 @@ def test_a_layer_made_there_is_the_one_made_here(env, fmt):
             assert_equal(got, t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fmt", "density"), LAYERS, ids=str)
 def test_export_of_every_format_with_any_batch(env, fmt, density: float | None):
     layer = tersor.QuantLinear.from_linear(linear(64, 48, density), fmt)

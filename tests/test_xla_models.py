@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 minilm = pytest.importorskip("minilm_model")
 bench = pytest.importorskip("minilm_xla")
 
-pytestmark = pytest.mark.xla
+pytestmark = [pytest.mark.xla, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,6 @@ def texts():
         pytest.skip(str(error))
 
 
-@pytest.mark.slow
 @JIT
 def test_minilm_end_to_end(texts, monkeypatch, jit: bool):
     """The whole model there against the CPU kernels. Softmax, norms and gelu in float64 on both sides: what these differ by is gone

@@ -15,7 +15,7 @@ from xla_common import JIT, called, env, jax, on_jax, xla
 import tersor.ops as ops
 from tersor.ops import sparse_storage
 
-pytestmark = pytest.mark.xla
+pytestmark = [pytest.mark.xla, pytest.mark.slow]
 EPS32 = EPS[torch.float32]
 DTYPES = (torch.float32, torch.bfloat16)
 M, N, K = 5, 37, 70

@@ -55,7 +55,7 @@ define = {
     "TERSOR_CPP_TESTS": "ON",
     "TORCH_LIB_DIR": f"{site}/torch/lib",
 }
-build_wheel(out, {"build-dir": "build/arm", **{f"cmake.define.{name}": value for name, value in define.items()}})
+build_wheel(out, {"build-dir": "build/arm", "build.targets": "_torch;_numpy", **{f"cmake.define.{name}": value for name, value in define.items()}})
 PY
 fi
 if [ "$what" = wheel ]; then exit; fi

@@ -318,7 +318,7 @@ TARGETS += [
         for bits in (8, 4, 1)
     ),
     Target("report against tersor bench: layers of MiniLM, worst difference", advice.report_gap, 0.10, at_most=True),
-    # SmolLM2 as it is has no such mix; the table that search() gives shows it (docs/choosing.md).
+    # Of float and int8 alone SmolLM2 as it is has no such mix (docs/choosing.md).
     *(
         Target(
             f"search on {name}, 0.5 % drop: speed over 0.9 of all-int8's, or least drop of mixes so fast over the one allowed",

@@ -63,7 +63,14 @@ PRODUCTS = {
 }
 COUNTS = {"vpopcntd": lambda bits: bits, "pshufb": lambda bits: bits // 2, "cnt": lambda bits: bits}
 LOADS = re.compile(r"v?movd?[qau]\w*|v?movap\w|v?movup\w|v?p?broadcast\w+|ldr|ldp|ld1r?|ldur|vbroadcast\w+")
-NAMES = {"Codes<8>": "8 bits", "Codes<4>": "4 bits", "Codes<2>": "2 bits", "Codes<1>": "1 bit", "Xnor": "signs x signs"}
+NAMES = {
+    "Codes<8>": "8 bits",
+    "SplitCodes": "8 bits, widened",
+    "Codes<4>": "4 bits",
+    "Codes<2>": "2 bits",
+    "Codes<1>": "1 bit",
+    "Xnor": "signs x signs",
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def kernels(path: Path, isa: str, objdump: str) -> Iterator[tuple[str, str, list
     largest: dict[str, tuple[tuple[int, int], list[Instruction]]] = {}
     for name, code in functions(path, objdump):
         short = name.replace(f"tersor::{isa}::(anonymous namespace)::", "")
-        found = re.match(r"(?:void )?micro_kernel<(Codes<\d>|Xnor), (\d+), (\d+)>", short)
+        found = re.match(r"(?:void )?micro_kernel<(Codes<\d>|SplitCodes|Xnor), (\d+), (\d+)>", short)
         grouped = re.match(r"(?:void )?grouped_kernel<(\d+), (\d+)>", short)
         matrix = re.match(r"(?:bool )?gemm_matrix<Isa, (Codes<8>), 8>", short)
         if found:

@@ -272,6 +272,7 @@ def test_load_in_a_fresh_process(tmp_path):
 # ---- AOTInductor
 
 
+@pytest.mark.slow
 @pytest.mark.native  # g++ is at hand where the package was built
 def test_aot_inductor_in_a_fresh_process(tmp_path):
     model = QuantLinear.from_linear(nn.Linear(70, 37)).eval()

@@ -57,7 +57,7 @@ print(kib("VmHWM") - before)
 # 64 rows of the longest K as int8 are 8 MiB, as float32 33.
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to give back what is free, and reads /proc")
 @pytest.mark.parametrize("name", our_formats())
-@pytest.mark.parametrize("k", [4096, 132096])
+@pytest.mark.parametrize("k", [pytest.param(4096, marks=pytest.mark.slow), 132096])
 def test_scratch_is_bounded(name: str, k: int):
     if isinstance(our_formats()[name], tersor.SparseFloat):
         k = min(k, MAX_FLOAT_K)

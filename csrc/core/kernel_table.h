@@ -197,8 +197,9 @@ struct IntGemm {
   int64_t x_scratch_bytes;  // of scratch for each element of a row, K rounded up to 4; 0: none is needed (always below 8 bits)
   int64_t row_pad = 64;     // bytes past a row. Rows a multiple of 4096 apart would collide in L1.
   int64_t panel_bytes = 0;  // of scratch for each element of K, once
+  int64_t panel_k = kMaxK;  // longer rows do without
   int64_t row_scratch(int64_t K) const { return x_scratch_bytes ? round_up(K, kTileK8) * x_scratch_bytes + row_pad : 0; }
-  int64_t panel_scratch(int64_t K) const { return panel_bytes * round_up(K, kTileK8); }
+  int64_t panel_scratch(int64_t K) const { return K <= panel_k ? panel_bytes * round_up(K, kTileK8) : 0; }
 };
 
 struct FloatGemm {

@@ -285,8 +285,10 @@ void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ld
 template <typename I, typename P, int kBits>
 bool gemm_matrix(const GemmArgs& g, const GemmRange& r);
 
-// From so many rows on a panel is split once for all its blocks: below, that costs more than it saves.
+// From so many rows on a panel is split once for all its blocks: below, that costs more than it saves. A panel of longer rows would
+// not stay in L2 (512 KiB at 32 bytes for each k).
 constexpr int64_t kSplitRows = 32;
+constexpr int64_t kSplitMaxK = 16384;
 
 template <int kBits, typename P = Codes<kBits>>
 void gemm_codes(const GemmArgs& g, const GemmRange& r) {
@@ -300,14 +302,14 @@ void gemm_codes(const GemmArgs& g, const GemmRange& r) {
   int64_t ldx = g.ldq;
   const char* x = reinterpret_cast<const char*>(g.q + r.m0 * g.ldq);
   if constexpr (D::kXBytesPerK > 1) {  // the rows in the form that D::load_x reads
-    constexpr bool kSplits = kBits == 8;
+    const bool splits = kBits == 8 && g.K <= kSplitMaxK;
     auto* split = static_cast<uint8_t*>(r.scratch);
-    char* out = static_cast<char*>(r.scratch) + (kSplits ? words * SplitCodes::kWordBytes : 0);
+    char* out = static_cast<char*>(r.scratch) + (splits ? words * SplitCodes::kWordBytes : 0);
     const int64_t stride = words * P::kXWordBytes + 64;
     for (int64_t m = 0; m < rows; ++m) D::split_x(g.q + (r.m0 + m) * g.ldq, words, out + m * stride);
     x = out;
     ldx = stride;
-    if (kSplits && rows >= kSplitRows) return run_blocks<SplitCodes>(g, r, x, ldx, words, split);
+    if (splits && rows >= kSplitRows) return run_blocks<SplitCodes>(g, r, x, ldx, words, split);
   }
   run_blocks<P>(g, r, x, ldx, words);
 }

@@ -41,7 +41,7 @@ const KernelTable table = {
     {maybe(quantize_x)},
     {maybe(widen_x)},
     {maybe(binarize_x)},
-    {maybe_matrix(gemm_w8), kSplits ? Isa::Dot<8>::kXBytesPerK : 0, 64, kSplits ? SplitCodes::kWordBytes / kTileK8 : 0},
+    {maybe_matrix(gemm_w8), kSplits ? Isa::Dot<8>::kXBytesPerK : 0, 64, kSplits ? SplitCodes::kWordBytes / kTileK8 : 0, kSplitMaxK},
     {maybe_matrix(gemm_w4), 0, 0, kExpandedBytes},
     {maybe_matrix(gemm_w2), 0, 0, kExpandedBytes},
     {maybe_matrix(gemm_w1), 0, 0, kExpandedBytes},

@@ -251,7 +251,7 @@ class _Run:
         else:
             path = frontier(self.seconds, self.damage)
         limit = self.layers_s(path[0]) / thorough if thorough else math.inf
-        near = [mix for mix in path[1:] if self.layers_s(mix) <= limit] if thorough < 1 else []
+        near = [i for i, mix in enumerate(path) if i and self.layers_s(mix) <= limit] if thorough < 1 else []
         most = len(path) if exact else math.ceil(math.log2(len(path) + 1)) + 1 + len(near)
         with tracking(1 + len(self.uniform()) + most, "metric", progress) as step:
             floor = self.score(self.floats) - max_drop
@@ -275,9 +275,9 @@ class _Run:
                 else:
                     low = middle + 1
                 step("metric")
-            for mix in near:
-                if path.index(mix) < low:
-                    self.score(mix)
+            for i in near:
+                if i < low:
+                    self.score(path[i])
                 step("metric")
 
     def result(

@@ -138,12 +138,15 @@ class LanguageModels:
             calls["our layers alone"] = self.layers(1 if decode else PROMPT)
             return interleaved(calls, rounds, 0.08)
 
-    def perplexity(self, model: Any) -> float:
-        """Over windows of CONTEXT tokens of the novel."""
-        from smollm_model import perplexity, windows
+    def perplexity_change(self) -> tuple[float, float]:
+        """Perplexity of the fused model over the swapped one's, less 1, and its standard error: paired, over windows of CONTEXT
+        tokens of the novel. Two int8 models round ties to other sides at every layer and so differ by chance, window by window."""
+        from smollm_model import losses, windows
 
         with torch_threads(1):
-            return perplexity(model, windows(self.ids, CONTEXT))
+            fused, swapped = (losses(self.models[name], windows(self.ids, CONTEXT)) for name in (FUSED, SWAPPED))
+        change = fused - swapped
+        return change.mean().expm1().item(), change.std().item() / len(change) ** 0.5
 
 
 def of_limit(seconds: dict[str, Timing]) -> float:

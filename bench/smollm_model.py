@@ -76,13 +76,16 @@ def calls(ids: Tensor) -> list[dict[str, object]]:
     return [{"input_ids": row.unsqueeze(0), "use_cache": False} for row in ids]
 
 
+def losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """float64 [windows]: mean cross-entropy of each row of ids, int64 [windows, length], over every token but its first."""
+    with torch.inference_mode():
+        pairs = ((model(**call).logits[0, :-1], row[1:]) for row, call in zip(ids, calls(ids), strict=True))
+        return torch.tensor([nn.functional.cross_entropy(logits, row).item() for logits, row in pairs], dtype=torch.float64)
+
+
 def perplexity(model: nn.Module, ids: Tensor) -> float:
     """Of every token but the first of each row of ids, int64 [windows, length]."""
-    total = 0.0
-    with torch.inference_mode():
-        for row, call in zip(ids, calls(ids), strict=True):
-            total += nn.functional.cross_entropy(model(**call).logits[0, :-1], row[1:]).item()
-    return float(torch.tensor(total / len(ids), dtype=torch.float64).exp())
+    return losses(model, ids).mean().exp().item()
 
 
 def linear_free_(model: nn.Module) -> nn.Module:

@@ -8,11 +8,25 @@ import torch
 from torch import nn
 
 from tersor import QuantLinear
-from tersor.bench.sparse import CSR, CSR_LINEAR, DENSE, FLOAT, FP32, INT8, SCIPY, SparseBench, SparseRow, chosen, pruned
+from tersor.bench.sparse import (
+    CSR,
+    CSR_LINEAR,
+    DENSE,
+    FLOAT,
+    FP32,
+    INT8,
+    SCIPY,
+    SparseBench,
+    SparseRow,
+    chosen,
+    pruned,
+    with_weight,
+)
 from tersor.bench.timing import interleaved, torch_threads
 from tersor.formats import Int8Dynamic, SparseInt8
 
 HIGH = (0.8, 0.9, 0.95)
+WRONG = 1.05  # time over the fastest from which a choice was the wrong one
 
 
 @functools.cache
@@ -106,17 +120,35 @@ def float_times_int8() -> float:
     return min(points(k)["unstructured", 0.95, 64, FLOAT].times_int8 for k in (1024, 4096))
 
 
-@torch.no_grad()
+def time_over_fastest(layer: nn.Linear, m: int, rounds: int = 5) -> tuple[float, str]:
+    """At M rows: time of what only_if_faster made of the layer / of the fastest of sparse, dense int8 and float; both by name."""
+    x = torch.randn(m, layer.in_features)
+    layers = {None: layer, **{f: QuantLinear.from_linear(layer, f) for f in (SparseInt8(), Int8Dynamic())}}
+    times = interleaved({repr(f): functools.partial(q, x) for f, q in layers.items()}, rounds, 0.01)
+    picked, fastest = repr(chosen(layer, SparseInt8(), m)), min(times, key=lambda name: times[name].best)
+    return times[picked].best / times[fastest].best, f"{picked} for {fastest}"
+
+
+@functools.cache
+def choices() -> dict[tuple[str, float, int], tuple[float, str]]:
+    """time_over_fastest of each (pattern, zeros, M) of the break-even table; beyond 1.05 the median of three counts."""
+    bench, found = SparseBench(), {}
+    linear = nn.Linear(*bench.size)
+    with torch.no_grad(), torch_threads(1):
+        for pattern, sparsity in bench.cases():
+            layer = with_weight(linear, pruned(linear.weight, pattern, sparsity))
+            for m in bench.rows:
+                got = time_over_fastest(layer, m)
+                if got[0] > WRONG:
+                    got = sorted([got, time_over_fastest(layer, m, 15), time_over_fastest(layer, m, 15)])[1]
+                found[pattern, sparsity, m] = got
+    return found
+
+
 def wrong_choices() -> float:
-    """only_if_faster on SparseInt8: time of what it chose / of the fastest of sparse, dense int8 and float, worst."""
-    worst = 0.0
-    for sparsity in (0.5, 0.7, 0.8, 0.95):
-        layer = nn.Linear(1024, 1024)
-        layer.weight = nn.Parameter(pruned(layer.weight.detach(), "unstructured", sparsity))
-        for m in (1, 16, 256):
-            x = torch.randn(m, 1024)
-            layers = {None: layer, **{f: QuantLinear.from_linear(layer, f) for f in (SparseInt8(), Int8Dynamic())}}
-            times = interleaved({repr(f): functools.partial(q, x) for f, q in layers.items()}, rounds=9, seconds=0.01)
-            best = min(t.best for t in times.values())
-            worst = max(worst, times[repr(chosen(layer, SparseInt8(), m))].best / best)
-    return worst
+    return max(ratio for ratio, _ in choices().values())
+
+
+def choices_note() -> str:
+    (pattern, sparsity, m), (ratio, names) = max(choices().items(), key=lambda item: item[1][0])
+    return f"{len(choices())} points; worst {ratio:.3f}, {names}: {pattern} {sparsity:.0%}, M = {m}"

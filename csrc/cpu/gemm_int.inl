@@ -137,6 +137,28 @@ TERSOR_INLINE void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int6
   }
 }
 
+// Brings what store_block will write, and the residual it will read, into L1 while the block is still being summed. A line past
+// the edge of y does no harm.
+template <int kRows, int kTiles>
+TERSOR_INLINE void expect_store(const BlockArgs& b) {
+  const GemmArgs& g = *b.gemm;
+  if (g.stream_y) return;
+  const int64_t bytes = dtype_bytes(g.y_dtype), width = kTiles * kTileN * bytes;
+  const char* y = element(g.y, g.y_dtype, b.m * g.ldy + b.n);
+  TERSOR_UNROLL(8)
+  for (int m = 0; m < kRows; ++m, y += g.ldy * bytes) {
+    TERSOR_UNROLL(8)
+    for (int i = 0; i < kTiles; ++i) __builtin_prefetch(y + i * width / kTiles, 1, 3);
+  }
+  if (!g.residual) return;
+  const char* residual = element(g.residual, g.y_dtype, b.m * g.ldr + b.n);
+  TERSOR_UNROLL(8)
+  for (int m = 0; m < kRows; ++m, residual += g.ldr * bytes) {
+    TERSOR_UNROLL(8)
+    for (int i = 0; i < kTiles; ++i) __builtin_prefetch(residual + i * width / kTiles, 0, 3);
+  }
+}
+
 template <typename P, int kRows, int kTiles>
 void micro_kernel(const BlockArgs& b) {
   constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
@@ -152,6 +174,7 @@ void micro_kernel(const BlockArgs& b) {
     }
   };
 
+  if constexpr (kPrefetch) expect_store<kRows, kTiles>(b);
   Vi sums[kSets][kRows][kVecs];
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
   sum_words<P>(sums, o, b.words, prefetch);
@@ -181,6 +204,7 @@ void grouped_kernel(const BlockArgs& b) {
   const uint8_t* scales = g.group_scale + b.n / kTileN * groups * kGroupScaleBytes;
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
 
+  if constexpr (kRows > P::kMaxRows / 2) expect_store<kRows, kTiles>(b);
   Vf total[kRows][kVecs];
   TERSOR_UNROLL(8)
   for (int m = 0; m < kRows; ++m) {

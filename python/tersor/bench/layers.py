@@ -18,7 +18,7 @@ from ..nn import QuantLinear
 from .machine import Limits, Machine
 from .our_formats import arithmetic
 from .peers import PEERS, Layer, Missing, expand, make_peer
-from .timing import Noise, Timing, interleaved, torch_threads
+from .timing import Noise, Timing, interleaved, keep_freed_memory, torch_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,6 +90,7 @@ class Bench:
     @torch.inference_mode()
     def run(self, machine: Machine, on_case: Callable[[], None] = lambda: None) -> Iterator[Row]:
         """Rows case by case, as they are measured."""
+        keep_freed_memory()
         limits = machine.with_threads(self.threads)
         names = expand(list(self.against))
         with torch_threads(self.threads):

@@ -19,7 +19,7 @@ from ..nn import QuantLinear
 from ..pruning_patterns import NM, Block, Pattern, Unstructured
 from ..pruning_scores import keep_highest, magnitude
 from .layers import stored_bytes
-from .timing import Noise, Timing, hot_and_cold, interleaved, torch_threads
+from .timing import Noise, Timing, hot_and_cold, interleaved, keep_freed_memory, torch_threads
 
 DENSE, INT8, FLOAT, FP32 = "int8", "sparse int8", "sparse float", "fp32"
 CSR, CSR_LINEAR, SCIPY = "torch CSR @ x", "F.linear(x, CSR)", "scipy CSR"
@@ -90,6 +90,7 @@ class SparseBench:
     @torch.inference_mode()
     def run(self, on_case: Callable[[], None] = lambda: None) -> Iterator[SparseRow]:
         """Rows case by case, as they are measured."""
+        keep_freed_memory()
         k, n = self.size
         torch.manual_seed(0)
         linear = nn.Linear(k, n)

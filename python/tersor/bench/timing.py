@@ -3,6 +3,8 @@ meets them all. Ratios are of minima; medians stand beside them."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import platform
 import sys
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 # Without AMX or AVX512-BF16 in play everyone computes with the same instructions; must be set before torch is imported.
 PEER_CAP = "AVX512_CORE_VNNI"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def cpu_flags() -> set[str]:
@@ -56,6 +59,18 @@ def cap_peers(unrestricted: bool = False) -> str:
         raise RuntimeError("cap_peers: torch is already imported; call this before, or set ONEDNN_MAX_CPU_ISA outside")
     os.environ["ONEDNN_MAX_CPU_ISA"] = PEER_CAP
     return f"oneDNN: held at {PEER_CAP} (this CPU also has {', '.join(wider)})"
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """glibc gives a freed result at the end of the heap back to the system, and then every call pays for its pages again: up to
+    three times its own time here, or nothing, as the heap happens to lie. Benches keep freed memory, for every contender alike."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another libc
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 class Timing(NamedTuple):

@@ -53,6 +53,8 @@ define = {
     "PYTHON_MODULE_EXTENSION": ".cpython-311-aarch64-linux-gnu.so",
     "pybind11_DIR": pybind11.get_cmake_dir(),
     "TERSOR_CPP_TESTS": "ON",
+    "TERSOR_NUMPY": "ON",  # the tests beside it are built without
+    "TERSOR_TORCH": "ON",
     "TORCH_LIB_DIR": f"{site}/torch/lib",
 }
 build_wheel(out, {"build-dir": "build/arm", "build.targets": "_torch;_numpy", **{f"cmake.define.{name}": value for name, value in define.items()}})

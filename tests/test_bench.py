@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -459,3 +460,34 @@ def test_hot_calls_follow_each_other_and_cold_ones_an_eviction(monkeypatch):
     for hot, cold in times.values():
         assert hot == pytest.approx((0.001, 0.001))
         assert cold == pytest.approx((0.004, 0.004))
+
+
+FAULTS = """
+import ctypes, resource, sys
+from tersor.bench.timing import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+found = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(20 << 20) for _ in range(4)]  # together above what glibc keeps by itself
+    for block in blocks:
+        ctypes.memset(block, 1, 20 << 20)
+    for block in blocks:
+        libc.free(block)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(found[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept():
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    if faults("leave") < 100:
+        pytest.skip("this process keeps freed memory by itself: huge pages, or a malloc of its own")
+    assert faults("keep") < 100

@@ -3,7 +3,7 @@
     python bench/targets.py [--only SUBSTRING ...]
 
 Measures them interleaved, one thread where the row does not say otherwise, and prints reached against promised; exits with 1 when
-one falls short. A row that needs what this CPU lacks is skipped with the reason. Run it on a quiet machine: about 20 minutes.
+one falls short. A row that needs what this CPU lacks is skipped with the reason. Run it on a quiet machine: about two hours, most of it training; --only measures some.
 """
 
 from __future__ import annotations
@@ -440,7 +440,7 @@ def main(only: tuple[str, ...], list_only: bool) -> None:
         start = time.perf_counter()
         try:
             cells, held = measured(target)
-        except Exception as error:  # one row must not end a table of 20 minutes
+        except Exception as error:  # one row must not end a table of hours
             cells, held = (target.what, "-", "", f"[bold red]FAILED[/]: {type(error).__name__}: {escape(str(error))}"), False
         failed += not held
         progress.print(f"{escape(target.what)}: {cells[1]}, promised {cells[2]}, {cells[3]}")  # a run that is cut off leaves these

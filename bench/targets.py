@@ -3,7 +3,8 @@
     python bench/targets.py [--only SUBSTRING ...]
 
 Measures them interleaved, one thread where the row does not say otherwise, and prints reached against promised; exits with 1 when
-one falls short. A row that needs what this CPU lacks is skipped with the reason. Run it on a quiet machine: about two hours, most of it training; --only measures some.
+one falls short. A row that needs what this CPU lacks is skipped with the reason. Run it on a quiet machine: about two hours, mostly
+training.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ faster of dynamo's graph and plain eager), and our layers alone, called one afte
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import subprocess
 import sys
@@ -195,7 +194,6 @@ print(json.dumps({"resident": base / 1024, "peak": kib("VmHWM") / 1024}))
 """
 
 
-@functools.cache
 def memory(what: str) -> dict[str, float]:
     """MiB resident before three forward passes of 8 x 128 tokens, and at their peak."""
     command = [sys.executable, "-c", WORKER, what, str(Path(__file__).parent)]

@@ -112,7 +112,7 @@ def sanitizers(full: bool) -> None:
     """The same kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     folder = BUILD / "cpp-sanitized"
     # avx_vnni too, where the CPU has the other form of its instruction.
-    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined", "-DTERSOR_EVEX_VNNI=ON")
+    build_cpp(folder, "-DTERSOR_SANITIZE=address,undefined", "-DTERSOR_EVEX_VNNI=ON", target="kernel_tests")
     run(folder / "kernel_tests", *(["--fuzz", "2000"] if full else []))
 
 

@@ -426,6 +426,8 @@ def noise_warning() -> str | None:
 def main(only: tuple[str, ...], list_only: bool) -> None:
     """Measure what the project promises on this machine and compare."""
     targets = [t for t in TARGETS if not only or any(text in t.what for text in only)]
+    if unknown := [text for text in only if not any(text in t.what for t in TARGETS)]:
+        raise click.BadParameter(f"no row contains {unknown[0]!r}; --list prints them", param_hint="--only")
     if list_only:
         for target in targets:
             click.echo(target.what)

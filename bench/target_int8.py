@@ -164,7 +164,7 @@ def read_loop(data: Tensor) -> Callable[[], object]:
 
 
 def product(layer: tersor.QuantLinear, x: Tensor) -> Callable[[], object]:
-    """The kernel on int8 rows, called as read_loop is: through pybind11. torch's dispatcher takes 3 us more, of 20 in all."""
+    """The kernel on int8 rows, called as read_loop is: through pybind11. torch's dispatcher would count as kernel."""
     module = native.numpy_module()
     assert module is not None
     weight = (layer.weight_packed, layer.weight_scale, layer.bias)

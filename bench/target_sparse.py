@@ -120,11 +120,11 @@ def float_times_int8() -> float:
     return min(points(k)["unstructured", 0.95, 64, FLOAT].times_int8 for k in (1024, 4096))
 
 
-def time_over_fastest(layer: nn.Linear, m: int, rounds: int = 5) -> tuple[float, str]:
-    """At M rows: time of what only_if_faster made of the layer / of the fastest of sparse, dense int8 and float; both by name."""
+def time_over_fastest(layer: nn.Linear, packed: list[QuantLinear], m: int, rounds: int = 5) -> tuple[float, str]:
+    """At M rows: time of what only_if_faster made of the layer / of the fastest of it and the packed ones; both by name."""
     x = torch.randn(m, layer.in_features)
-    layers = {None: layer, **{f: QuantLinear.from_linear(layer, f) for f in (SparseInt8(), Int8Dynamic())}}
-    times = interleaved({repr(f): functools.partial(q, x) for f, q in layers.items()}, rounds, 0.01)
+    layers = {"None": layer, **{repr(q.format): q for q in packed}}
+    times = interleaved({name: functools.partial(q, x) for name, q in layers.items()}, rounds, 0.01)
     picked, fastest = repr(chosen(layer, SparseInt8(), m)), min(times, key=lambda name: times[name].best)
     return times[picked].best / times[fastest].best, f"{picked} for {fastest}"
 
@@ -137,10 +137,11 @@ def choices() -> dict[tuple[str, float, int], tuple[float, str]]:
     with torch.no_grad(), torch_threads(1):
         for pattern, sparsity in bench.cases():
             layer = with_weight(linear, pruned(linear.weight, pattern, sparsity))
+            packed = [QuantLinear.from_linear(layer, fmt) for fmt in (SparseInt8(), Int8Dynamic())]
             for m in bench.rows:
-                got = time_over_fastest(layer, m)
+                got = time_over_fastest(layer, packed, m)
                 if got[0] > WRONG:
-                    got = sorted([got, time_over_fastest(layer, m, 15), time_over_fastest(layer, m, 15)])[1]
+                    got = sorted([got, *(time_over_fastest(layer, packed, m, 15) for _ in range(2))])[1]
                 found[pattern, sparsity, m] = got
     return found
 

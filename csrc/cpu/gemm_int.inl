@@ -137,10 +137,15 @@ TERSOR_INLINE void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int6
   }
 }
 
+// Small blocks read weights that the hardware prefetcher already streams; there a software prefetch only costs a slot.
+template <typename P, int kRows>
+inline constexpr bool kPrefetch = kRows > P::kMaxRows / 2;
+
 // Brings what store_block will write, and the residual it will read, into L1 while the block is still being summed. A line past
 // the edge of y does no harm.
-template <int kRows, int kTiles>
+template <typename P, int kRows, int kTiles>
 TERSOR_INLINE void expect_store(const BlockArgs& b) {
+  if constexpr (!kPrefetch<P, kRows>) return;
   const GemmArgs& g = *b.gemm;
   if (g.stream_y) return;
   const int64_t bytes = dtype_bytes(g.y_dtype), width = kTiles * kTileN * bytes;
@@ -163,18 +168,16 @@ template <typename P, int kRows, int kTiles>
 void micro_kernel(const BlockArgs& b) {
   constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
   constexpr int kVecs = kTiles * kTileVecs;
-  // Small blocks read weights that the hardware prefetcher already streams; there a software prefetch only costs a slot.
-  constexpr bool kPrefetch = kRows > P::kMaxRows / 2;
   const uint8_t* next = b.next;
   // Spread evenly over the k steps; past the last line of the matrix a prefetch does nothing.
-  const int64_t stride = kPrefetch ? ceil_div(b.next_lines, b.words / P::kUnroll + 1) * kTileBytes : 0;
+  const int64_t stride = kPrefetch<P, kRows> ? ceil_div(b.next_lines, b.words / P::kUnroll + 1) * kTileBytes : 0;
   auto prefetch = [&]() TERSOR_INLINE_LAMBDA {
-    if constexpr (kPrefetch) {
+    if constexpr (kPrefetch<P, kRows>) {
       for (const uint8_t* stop = next + stride; next < stop; next += kTileBytes) __builtin_prefetch(next, 0, 2);
     }
   };
 
-  if constexpr (kPrefetch) expect_store<kRows, kTiles>(b);
+  expect_store<P, kRows, kTiles>(b);
   Vi sums[kSets][kRows][kVecs];
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
   sum_words<P>(sums, o, b.words, prefetch);
@@ -204,7 +207,7 @@ void grouped_kernel(const BlockArgs& b) {
   const uint8_t* scales = g.group_scale + b.n / kTileN * groups * kGroupScaleBytes;
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
 
-  if constexpr (kRows > P::kMaxRows / 2) expect_store<kRows, kTiles>(b);
+  expect_store<P, kRows, kTiles>(b);
   Vf total[kRows][kVecs];
   TERSOR_UNROLL(8)
   for (int m = 0; m < kRows; ++m) {

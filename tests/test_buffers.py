@@ -101,6 +101,48 @@ def test_what_the_caller_gets_is_no_buffer(tail, planned: int):
         assert_equal(g, w)
 
 
+class Embedded(nn.Module):
+    """The start of a transformer: `embed` makes the layer's rows of token ids."""
+
+    def __init__(self, embed, max_norm: float | None = None) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, K, padding_idx=0, max_norm=max_norm), nn.Embedding(7, K)
+        self.layer, self.embed = layer(), embed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layer(self.embed(self, ids)).exp()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("embed", "planned"),
+    [
+        (lambda m, ids: m.words(ids) + m.places(torch.arange(7)[None]), 4),
+        (lambda m, ids: torch.add(m.words(ids), m.places(torch.arange(7)), alpha=2), 3),  # the sum stays torch's
+        (lambda m, ids: m.words(ids) + 1, 2),
+        (lambda m, ids: (m.words(ids).double() + m.places.weight).float(), 3),  # dtypes differ: a sum in float64
+        (lambda m, ids: (m.words(ids).mT + m.places(torch.arange(7)).mT).mT, 3),  # a sum that is not contiguous
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_embeddings_and_sums_are_planned(embed, planned: int, dtype: torch.dtype):
+    net, ids = Embedded(embed).eval(), torch.randint(50, (3, 7), dtype=dtype)
+    run = compiled(net, disable=["activation"])
+    assert_equal(run(ids), net(ids))
+    assert fusion.reports[-1].count("buffers") == planned
+    assert_equal(run(ids.flip(0)), net(ids.flip(0)))
+    with pytest.raises(IndexError, match="out of range"):
+        run(ids + 50)
+
+
+@torch.no_grad()
+def test_an_embedding_that_rescales_its_weight_is_left():
+    net, ids = Embedded(lambda m, ids: m.words(ids), max_norm=0.5).eval(), torch.randint(1, 50, (3, 7))
+    want = net(ids)
+    assert_equal(compiled(net)(ids), want)
+    assert fusion.reports[-1].reasons("buffers") == ["the graph writes to a tensor"]
+
+
 @torch.no_grad()
 def test_a_view_keeps_its_memory():
     """y is read for the last time through a view, after a node that could have taken its place."""

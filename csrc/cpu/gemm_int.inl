@@ -97,7 +97,7 @@ TERSOR_INLINE void clear(Vi (&sums)[kSets][kRows][kVecs]) {
 
 // Adds `words` words to the sums and moves o past them. `turn` runs before each kUnroll words.
 template <typename P, int kSets, int kRows, int kVecs, typename Turn>
-TERSOR_INLINE void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+TERSOR_INLINE void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn& turn) {
   constexpr int kTogether = P::together(kRows);
   int64_t k = 0;
   for (; k + P::kUnroll <= words; k += P::kUnroll) {
@@ -118,7 +118,7 @@ TERSOR_INLINE void add_words(Vi (&sums)[kSets][kRows][kVecs], Operands& o, int64
 
 // The sums of `words` words, 32 bits wide, in total[0]; o moves past them.
 template <typename P, int kSets, int kRows, int kVecs, typename Turn>
-TERSOR_INLINE void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn turn) {
+TERSOR_INLINE void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int64_t words, Turn&& turn) {
   clear(total);
   if constexpr (P::kFlushWords == 0) {
     add_words<P>(total, o, words, turn);
@@ -137,15 +137,37 @@ TERSOR_INLINE void sum_words(Vi (&total)[kSets][kRows][kVecs], Operands& o, int6
   }
 }
 
-// Small blocks read weights that the hardware prefetcher already streams; there a software prefetch only costs a slot.
-template <typename P, int kRows>
-inline constexpr bool kPrefetch = kRows > P::kMaxRows / 2;
+// Brings the tiles of the next panel into L2 at the pace at which this one is used; past the last line of the matrix a prefetch
+// does nothing. Below kPrefetchRows the hardware prefetcher streams the weights; a software prefetch only costs a slot.
+template <typename P, int kRows, int kTiles>
+class NextPanel {
+ public:
+  explicit NextPanel(const BlockArgs& b) : next_(b.next) {
+    if constexpr (kRows > kFew) stride_ = ceil_div(b.next_lines, b.words / P::kUnroll + 1) * kTileBytes;
+  }
+  // Before each kUnroll words.
+  TERSOR_INLINE void operator()() {
+    if constexpr (kRows < P::kPrefetchRows) return;
+    if constexpr (kRows <= kFew) {  // the only block of its panel, as a rule
+      TERSOR_UNROLL(16)
+      for (int i = 0; i < kTiles * P::kUnroll; ++i) __builtin_prefetch(next_ + i * kTileBytes, 0, 2);
+      next_ += kTiles * P::kUnroll * kTileBytes;
+    } else {
+      for (const uint8_t* stop = next_ + stride_; next_ < stop; next_ += kTileBytes) __builtin_prefetch(next_, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int kFew = P::kMaxRows / 2;
+  const uint8_t* next_;
+  int64_t stride_ = 0;
+};
 
 // Brings what store_block will write, and the residual it will read, into L1 while the block is still being summed. A line past
 // the edge of y does no harm.
 template <typename P, int kRows, int kTiles>
 TERSOR_INLINE void expect_store(const BlockArgs& b) {
-  if constexpr (!kPrefetch<P, kRows>) return;
+  if constexpr (kRows <= P::kMaxRows / 2) return;
   const GemmArgs& g = *b.gemm;
   if (g.stream_y) return;
   const int64_t bytes = dtype_bytes(g.y_dtype), width = kTiles * kTileN * bytes;
@@ -166,21 +188,14 @@ TERSOR_INLINE void expect_store(const BlockArgs& b) {
 
 template <typename P, int kRows, int kTiles>
 void micro_kernel(const BlockArgs& b) {
-  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
+  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows, kTiles);
   constexpr int kVecs = kTiles * kTileVecs;
-  const uint8_t* next = b.next;
-  // Spread evenly over the k steps; past the last line of the matrix a prefetch does nothing.
-  const int64_t stride = kPrefetch<P, kRows> ? ceil_div(b.next_lines, b.words / P::kUnroll + 1) * kTileBytes : 0;
-  auto prefetch = [&]() TERSOR_INLINE_LAMBDA {
-    if constexpr (kPrefetch<P, kRows>) {
-      for (const uint8_t* stop = next + stride; next < stop; next += kTileBytes) __builtin_prefetch(next, 0, 2);
-    }
-  };
+  NextPanel<P, kRows, kTiles> next(b);
 
   expect_store<P, kRows, kTiles>(b);
   Vi sums[kSets][kRows][kVecs];
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
-  sum_words<P>(sums, o, b.words, prefetch);
+  sum_words<P>(sums, o, b.words, next);
   TERSOR_UNROLL(8)
   for (int m = 0; m < kRows; ++m) {
     const int32_t repair = P::repair(*b.gemm, b.m + m);
@@ -195,16 +210,18 @@ struct Grouped : Codes<4> {
   static constexpr bool kGrouped = true;
   static constexpr int kMaxRows = Isa::kGroupedMaxRows;
   static constexpr int max_tiles(int rows) { return Isa::grouped_tiles(rows); }
+  static constexpr int kStreamRows = 0, kPrefetchRows = 1;
 };
 
 template <int kRows, int kTiles>
 void grouped_kernel(const BlockArgs& b) {
   using P = Grouped;
-  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
+  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows, kTiles);
   constexpr int kVecs = kTiles * kTileVecs;
   const GemmArgs& g = *b.gemm;
   const int64_t groups = g.K / g.group_size, words = g.group_size / tile_k(4);
   const uint8_t* scales = g.group_scale + b.n / kTileN * groups * kGroupScaleBytes;
+  NextPanel<P, kRows, kTiles> next(b);
   Operands o{b.w, b.tile_stride(), b.x, b.ldx};
 
   expect_store<P, kRows, kTiles>(b);
@@ -216,7 +233,7 @@ void grouped_kernel(const BlockArgs& b) {
   }
   for (int64_t i = 0; i < groups; ++i) {
     Vi sums[kSets][kRows][kVecs];
-    sum_words<P>(sums, o, words, [] {});
+    sum_words<P>(sums, o, words, next);
     Vf scale[kVecs];
     TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) {
@@ -271,6 +288,11 @@ BlockKernel pick(int64_t rows, int64_t tiles) {
   return pick_tiles<P, kRows>(tiles);
 }
 
+// Panels of one tile are read as one stream, which the hardware prefetcher follows from tile to tile; several tiles at once are as
+// many streams that begin anew with each panel. Tiles of more words are streams long enough, and then it is x that counts: it is
+// read again for each panel.
+constexpr int64_t stream_words(int64_t rows) { return rows == 1 ? 512 : 384; }
+
 // All blocks of a range. x: its first row, in the form the product reads; split: room for a panel of
 // SplitCodes, or null.
 template <typename P>
@@ -278,21 +300,32 @@ void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ld
   const int64_t rows = r.m1 - r.m0;
   const int64_t row_blocks = ceil_div(rows, P::kMaxRows);
   const int64_t short_rows = rows / row_blocks, long_blocks = rows % row_blocks;  // nearly equal heights
-  const int64_t panel = P::max_tiles(static_cast<int>(short_rows + (long_blocks ? 1 : 0)));
+  const int64_t tallest = short_rows + (long_blocks ? 1 : 0);
+  const bool streams = tallest <= P::kStreamRows && words <= stream_words(tallest);
+  const int64_t panel = streams ? 1 : P::max_tiles(static_cast<int>(tallest));
+  BlockArgs b;
+  b.gemm = &g;
+  b.ldx = ldx;
+  b.words = words;
+  const BlockKernel whole = pick<P>(tallest, panel);
   for (int64_t t = r.t0; t < r.t1; t += panel) {
     const int64_t tiles = t + panel < r.t1 ? panel : r.t1 - t;
     const int64_t tiles_after = r.t1 - t - tiles < panel ? r.t1 - t - tiles : panel;
-    BlockArgs b;
-    b.gemm = &g;
     b.w = g.weight_packed + t * words * kTileBytes;
-    b.ldx = ldx;
-    b.words = words;
     b.n = t * kTileN;
     const uint8_t* next = b.w + tiles * words * kTileBytes;
     const int64_t lines = tiles_after * words;
     if (split) {
       SplitCodes::split(b.w, words, split);
       b.w = split;
+    }
+    if (row_blocks == 1) {
+      b.x = x;
+      b.m = r.m0;
+      b.next = next;
+      b.next_lines = lines;
+      (tiles == panel ? whole : pick<P>(rows, tiles))(b);
+      continue;
     }
     int64_t m = 0;
     for (int64_t i = 0; i < row_blocks; ++i) {

@@ -13,7 +13,7 @@ namespace {
 // Sums of kRows rows from memory, the words that are left, the store.
 template <typename P, int kRows, int kTiles>
 void finish_sums(const BlockArgs& b, int64_t words, int64_t width, const int32_t* from) {
-  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows);
+  constexpr int kSets = P::kFlushWords ? 1 : P::sets(kRows, kTiles);
   constexpr int kVecs = kTiles * kTileVecs;
   const int64_t done = b.words - words;
   Vi sums[kSets][kRows][kVecs];

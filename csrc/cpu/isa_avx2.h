@@ -257,8 +257,11 @@ struct Avx2 {
   static constexpr int kMaxRows = 4;
   static constexpr int kXnorMaxRows = 4;
   static constexpr int max_tiles(int rows) { return rows == 1 ? 2 : 1; }
-  static constexpr int acc_sets(int rows) { return rows == 1 ? 2 : 1; }
+  static constexpr int acc_sets(int rows, int) { return rows == 1 ? 2 : 1; }
   static constexpr int kInPlaceRows = 0;  // shifted back after the narrow sums would not do
+  static constexpr int stream_rows(int) { return 0; }
+  static constexpr int kXnorStreamRows = 2;
+  static constexpr int prefetch_rows(int) { return 1; }
   static constexpr int kGroupedMaxRows = 2;
   static constexpr int grouped_tiles(int) { return 1; }
   static constexpr int kSparseMaxRows = 4;

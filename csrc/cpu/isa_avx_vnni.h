@@ -65,7 +65,7 @@ struct Isa : Avx2 {
   // 6 rows x 1 tile: 12 accumulators cover the latency of 5 cycles on two ports; 2 vectors of codes, one of x.
   static constexpr int kMaxRows = 6;
   static constexpr int max_tiles(int rows) { return rows <= 2 ? 2 : 1; }
-  static constexpr int acc_sets(int rows) { return rows == 1 ? 2 : 1; }
+  static constexpr int acc_sets(int rows, int) { return rows == 1 ? 2 : 1; }
   static constexpr int kSparseMaxRows = 6;
   static constexpr int sparse_sets(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 };

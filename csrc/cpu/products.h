@@ -4,7 +4,9 @@
 //   kXWordBytes       bytes of x that meet one word
 //   kWordBytes        bytes of a tile at one k step, as word() reads it
 //   kUnroll           words in one turn of the loop
-//   sets(rows)        sets of sums: they hide latency, or hold what still has to be shifted (see Codes)
+//   sets(rows, tiles) sets of sums: they hide latency, or hold what still has to be shifted (see Codes)
+//   kStreamRows       up to so many rows a panel may be one tile, see run_blocks
+//   kPrefetchRows     from so many rows on the next panel is prefetched
 //   kFlushWords       words after which narrow sums go into 32-bit ones; 0: they are 32-bit at once
 //   together(rows)    words that word() takes at a time while there are so many
 //   word<n>(sums, ..) adds n words of each tile times each row
@@ -48,8 +50,11 @@ struct Codes {
   static constexpr int kFlushWords = D::kPartialSteps / kSteps;
   static constexpr int kMaxRows = Isa::kMaxRows;
   static constexpr bool in_place(int rows) { return kBits < 8 && rows <= Isa::kInPlaceRows; }
-  static constexpr int sets(int rows) { return in_place(rows) ? kSteps : Isa::acc_sets(rows); }
+  static constexpr int sets(int rows, int tiles) {
+    return !in_place(rows) ? Isa::acc_sets(rows, tiles) : kSteps * tiles < 4 ? kSteps * kUnroll : kSteps;
+  }
   static constexpr int max_tiles(int rows) { return in_place(rows) && kBits == 1 ? 2 : Isa::max_tiles(rows); }
+  static constexpr int kStreamRows = Isa::stream_rows(kBits), kPrefetchRows = Isa::prefetch_rows(kBits);
 
   // Rows in twos and k steps in twos, see Isa::Dot::kPairs. Codes of 8 bits take the second step from the next word.
   static constexpr bool pairs(int rows) { return D::kPairs && rows > 1; }
@@ -109,7 +114,7 @@ struct Codes {
           codes[v] = D::codes(o.vec(v), j);
         }
       }
-      auto& sum = sums[in_place(kRows) ? j : (u * kSteps + j) % kSets];
+      auto& sum = sums[(u * kSteps + j) % kSets];
       TERSOR_UNROLL(8)
       for (int m = 0; m < kRows; ++m) {
         const typename D::X x = D::load_x(o.x + m * o.ldx + j * kXStepBytes);
@@ -129,7 +134,7 @@ struct Codes {
       for (int m = 0; m < kRows; ++m) {
         TERSOR_UNROLL(16)
         for (int v = 0; v < kVecs; ++v) {
-          const Vi sum = in_place(kRows) ? Isa::sar_by(sums[s][m][v], kBits * s) : sums[s][m][v];
+          const Vi sum = in_place(kRows) ? Isa::sar_by(sums[s][m][v], kBits * (s % kSteps)) : sums[s][m][v];
           sums[0][m][v] = Isa::add_i(sums[0][m][v], sum);
         }
       }
@@ -189,8 +194,9 @@ struct Xnor {
   static constexpr int kUnroll = 4;
   static constexpr int kFlushWords = P::kPartialSteps;
   static constexpr int kMaxRows = Isa::kXnorMaxRows;
-  static constexpr int sets(int rows) { return Isa::acc_sets(rows); }
+  static constexpr int sets(int rows, int tiles) { return Isa::acc_sets(rows, tiles); }
   static constexpr int max_tiles(int rows) { return Isa::max_tiles(rows); }
+  static constexpr int kStreamRows = Isa::kXnorStreamRows, kPrefetchRows = kMaxRows / 2 + 1;
   static constexpr int together(int) { return 1; }
 
   template <int kWords, int kSets, int kRows, int kVecs>

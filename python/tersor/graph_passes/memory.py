@@ -1,4 +1,5 @@
-"""The last step of the backend: intermediate results of our ops live in one arena, at places that follow from how long each lives.
+"""The last step of the backend: intermediate results of our ops, of sums and of embeddings live in one arena, at places that follow
+from how long each lives.
 
     node      q, scale = norm_quantize(x)    y = linear_s8(q, scale)    z = linear_s8(..., residual=y)     return z.sum()
     arena     [ q ][ s ][ y           ]      [ z        ]  over q and s, which nothing reads any more
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import OPS
 from .editor import FOLDED, Editor
+from .vocabulary import read
 
 ALIGNMENT = 64  # of each tensor in the arena: a cache line
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # what dynamo makes of a `with`
@@ -90,8 +92,8 @@ def no_buffers() -> tuple[Tensor, ...]:
 
 
 def plan_buffers(edit: Editor) -> Callable[[], tuple[Tensor, ...]]:
-    """Turns calls of our ops whose results stay within the graph into calls of their .out overloads, on placeholders after the
-    graph's own. Returns what gives their tensors. Sizes must be plain numbers, devices the CPU, and nothing may be written to."""
+    """Turns calls whose results stay within the graph into calls that write them to placeholders after the graph's own. Returns
+    what gives their tensors. Sizes must be plain numbers, devices the CPU, and nothing may be written to."""
     found = _results(edit)
     if isinstance(found, str):
         edit.report.leave("buffers", "graph", found)
@@ -107,9 +109,7 @@ def plan_buffers(edit: Editor) -> Callable[[], tuple[Tensor, ...]]:
                 at = edit.graph.placeholder(f"{node.name}_buffer{i}")
             outs.append(at)
         with edit.graph.inserting_before(node):
-            edit.graph.call_function(
-                WITH_OUT[node.target], node.args, {**node.kwargs, **{f"out{i}": out for i, out in enumerate(outs)}}
-            )
+            _write(edit.graph, node, outs)
         if isinstance(node.meta["val"], Tensor):
             node.replace_all_uses_with(outs[0])
         else:
@@ -119,6 +119,34 @@ def plan_buffers(edit: Editor) -> Callable[[], tuple[Tensor, ...]]:
         edit.graph.erase_node(node)
         edit.report.did("buffers", node.name)
     return buffers
+
+
+def _writes_out(node: fx.Node, value: Any) -> bool:
+    """Whether _write knows the call. torch's own compute the same bits either way; out must have the result's dtype and strides."""
+    if node.target in WITH_OUT:
+        return FOLDED not in node.meta
+    call = read(node)
+    if call is None or not isinstance(value, Tensor) or not value.is_contiguous():
+        return False
+    if call.kind == "add":
+        operands = [call.args["input"], call.args["other"]]
+        return call.args["alpha"] == 1 and all(isinstance(x, fx.Node) for x in operands)
+    return call.kind == "embedding"  # with a max_norm it is a write to the weight, and there is no plan
+
+
+def _write(graph: fx.Graph, node: fx.Node, outs: list[fx.Node]) -> None:
+    if node.target in WITH_OUT:
+        graph.call_function(WITH_OUT[node.target], node.args, {**node.kwargs, **{f"out{i}": out for i, out in enumerate(outs)}})
+        return
+    call = read(node)
+    assert call is not None  # as _writes_out saw
+    args, out = call.args, outs[0]
+    if call.kind == "add":
+        graph.call_function(torch.add, (args["input"], args["other"]), {"out": out})
+    else:  # what torch.embedding calls
+        ids = graph.call_function(torch.reshape, (args["input"], (-1,)))
+        rows = graph.call_function(torch.reshape, (out, (-1, node.meta["val"].shape[-1])))
+        graph.call_function(torch.index_select, (args["weight"], 0, ids), {"out": rows})
 
 
 def _results(edit: Editor) -> list[tuple[fx.Node, list[Slot]]] | str:
@@ -139,7 +167,7 @@ def _results(edit: Editor) -> list[tuple[fx.Node, list[Slot]]] | str:
             last[memory] = max([last.get(memory, 0), position[node], *readers])
     found = []
     for node in nodes:
-        if node.target not in WITH_OUT or FOLDED in node.meta:
+        if not _writes_out(node, values.get(node)):
             continue
         value = values[node]
         tensors = (value,) if isinstance(value, Tensor) else value

@@ -82,7 +82,9 @@ _kind("cos", "input", torch.cos, "cos", aten.cos.default)
 _kind("sin", "input", torch.sin, "sin", aten.sin.default)
 _kind("exp", "input", torch.exp, "exp", aten.exp.default)
 _kind("cat", "tensors dim", torch.cat, aten.cat.default, dim=0)
-_kind("embedding", "", F.embedding, aten.embedding.default)
+_EMBEDDING: dict[str, Any] = {"max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+_kind("embedding", f"input weight padding_idx {' '.join(_EMBEDDING)}", F.embedding, padding_idx=None, **_EMBEDDING)
+_kind("embedding", "weight input padding_idx scale_grad_by_freq sparse", aten.embedding.default, padding_idx=-1, **_EMBEDDING)
 _kind("dropout", "input p training inplace", F.dropout, p=0.5, training=True, inplace=False, pure=False)
 _kind("dropout", "input p training", torch.dropout, aten.dropout.default, pure=False)
 _kind("feature_dropout", "input p training", torch.feature_dropout, aten.feature_dropout.default, pure=False)
@@ -146,8 +148,8 @@ def mutates(node: fx.Node) -> bool:
     if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
         return True
     call = read(node)
-    if call is not None and call.args.get("inplace") is True:
-        return True
+    if call is not None and (call.args.get("inplace") is True or call.args.get("max_norm") is not None):
+        return True  # an embedding with a max_norm rescales the rows it reads
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable

@@ -1,7 +1,7 @@
 """Images: Fashion-MNIST by an MLP or a vision transformer, in every format.
 
 python bench/vision.py mlp
-python bench/vision.py vit      6 blocks of width 192 on patches of 7 x 7; most of an hour on two cores
+python bench/vision.py vit      6 blocks of width 192 on patches of 7 x 7; more than an hour on two cores
 python bench/vision.py vit --short
 
 Each network is trained in float; formats that need training go on from it for a third as many steps.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # float steps; what shrink cuts for the student; the layers kept at int8: the last, and the MLP's first (784 is 24.5 groups of 32)
 NETWORKS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
     "mlp": (900, {"width": 0.5}, ("fc1", "fc3")),
-    "vit": (1200, {"depth": 3}, ("vit.classifier",)),
+    "vit": (2400, {"depth": 3}, ("vit.classifier",)),
 }
 TEMPERATURE, CALIBRATION = 2.0, 16
 
@@ -68,7 +68,7 @@ def prepare(name: str, data: Data, steps: int, on_step: Callable[[str], None]) -
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("network", type=click.Choice(list(NETWORKS)))
-@click.option("--steps", type=click.IntRange(8), help="Of 256 images for float; a third as many for a format. [default: 900, 1200]")
+@click.option("--steps", type=click.IntRange(8), help="Of 256 images for float; a third as many for a format. [default: 900, 2400]")
 @click.option("--short", is_flag=True, help="10 steps: shows that it runs, not the figures.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of torch for training.")
 @click.option("--timed-threads", type=click.IntRange(1), default=1, help="Threads of torch for images/s.")

@@ -20,18 +20,18 @@ _SHARES: dict[str, tuple[float, float, float]] = {
     "int8-dynamic": (0.80, 0.80, 0.94),
     "int8-static": (0.80, 0.80, 0.94),
     "int8-weight-only": (0.33, 0.88, 0.88),
-    "int4": (0.56, 0.84, 0.94),
+    "int4": (0.56, 0.84, 0.90),
     "int4-g128": (0.53, 0.80, 0.88),
     "int4-g64": (0.50, 0.75, 0.84),
     "int4-g32": (0.46, 0.65, 0.78),
-    "ternary": (0.65, 0.87, 0.94),
-    "binary": (0.65, 0.87, 0.88),
+    "ternary": (0.65, 0.87, 0.90),
+    "binary": (0.65, 0.87, 0.86),
     "binary-xnor": (0.45, 0.55, 0.72),
 }
 _FLOAT_ROWS = 6  # rows at which torch's float layer reaches half of its share
 _FLOAT_SHARE, _FLOAT_READ = 0.85, 0.55  # of the float32 limit with many rows; of the read rate with one
 _PASS_READ = 0.5  # of the L3's read rate: quantising x and storing y
-_SHORT_READ = 0.65  # of the DRAM's: a weight outside of huge pages ends before the prefetcher is at its pace
+_SHORT_READ = 0.9  # of the DRAM's: a weight outside of huge pages, where each page is looked up
 _JOIN_S, _SPLIT_S = 3e-6, 10e-6  # waking a second thread, and the work from which it is woken (docs/performance.md)
 
 
@@ -123,8 +123,9 @@ def predict(fmt: Format | None, n: int, k: int, m: int, here: Here, traffic: int
     else:
         own_call = call.packed
         compute_s = n * k * _rows_at_the_limit(_key(fmt), m) / (getattr(limits, arithmetic(fmt)) * 1e9)
-    # Short streams of weights are not there ahead of the arithmetic: the two add up.
-    work_s = compute_s + read_s + passes_s
+    # One row of a packed layer multiplies as it reads; of more rows, or a float layer, the two add up.
+    overlap = fmt is not None and m == 1
+    work_s = (max(compute_s, read_s) if overlap else compute_s + read_s) + passes_s
     if limits.threads > 1 and work_s * limits.threads >= _SPLIT_S:
         own_call += _JOIN_S
     return LayerTime(own_call + work_s, own_call, compute_s, read_s + passes_s)

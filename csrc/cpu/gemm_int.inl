@@ -291,7 +291,7 @@ BlockKernel pick(int64_t rows, int64_t tiles) {
 // Panels of one tile are read as one stream, which the hardware prefetcher follows from tile to tile; several tiles at once are as
 // many streams that begin anew with each panel. Tiles of more words are streams long enough, and then it is x that counts: it is
 // read again for each panel.
-constexpr int64_t stream_words(int64_t rows) { return rows == 1 ? 1024 : 384; }
+constexpr int64_t stream_words(int64_t rows) { return rows == 1 ? 512 : 384; }
 
 // All blocks of a range. x: its first row, in the form the product reads; split: room for a panel of
 // SplitCodes, or null.

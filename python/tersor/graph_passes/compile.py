@@ -145,6 +145,9 @@ def _fused(module: fx.GraphModule, example_inputs: Sequence[Any], chosen: Option
     if chosen.inner != "eager" and prologue is not None:
         examples += _examples(prologue, [example_inputs[i] for i in read])
     inner = _compile_inner(module, examples, chosen)
+    for part in (module, prologue):
+        if part is not None:
+            _forget_meta(part.graph)
     pick_kept, pick_read = _picker(kept), _picker(read)
 
     def run_fused(*args: Any) -> Any:
@@ -152,6 +155,12 @@ def _fused(module: fx.GraphModule, example_inputs: Sequence[Any], chosen: Option
 
     run_fused.code = module.code  # type: ignore[attr-defined]
     return run_fused
+
+
+def _forget_meta(graph: fx.Graph) -> None:
+    """Drops fake values and stack traces, which nothing reads after compilation: megabytes, for as long as the model lives."""
+    for node in graph.nodes:
+        node.meta.clear()
 
 
 def code_of(run: Callable[..., Any]) -> str:

@@ -160,21 +160,26 @@ def choice_note(bits: int) -> str:
 
 
 @functools.cache
-def report_against_bench() -> list[tuple[str, float, float]]:
-    """(what, report's us a call, bench's us a call) of the layers of MiniLM at 8 x 128 tokens, float and int8."""
+def report_against_bench(turns: int = 3) -> list[tuple[str, float, float]]:
+    """(what, report's us a call, bench's us a call) of the layers of MiniLM at 8 x 128 tokens, float and int8. They take turns and
+    the fastest of each counts: within minutes other work on the host moves a layer by more than the two differ."""
     model, inputs = cases()["MiniLM 8 x 128 tokens"]
-    found = tersor.report(model, tersor.quantize_(copy.deepcopy(model), INT8), inputs, rounds=3)
-    rows = {(row.k, row.n, m): row for row in found.layers for m in row.rows if len(row.rows) == 1}
-    pairs = []
-    for m in sorted({m for _, _, m in rows}):
-        shapes = tuple((k, n) for k, n, rows_of in rows if rows_of == m)
-        for point in Bench(shapes, (m,), rounds=7).run(machine()):
-            if point.name not in ("fp32", "tersor"):
-                continue
-            row = rows[point.k, point.n, m]
-            own = (row.before if point.name == "fp32" else row.after).best / row.rows[m]
-            pairs.append((f"{point.name} {point.k} x {point.n}, M = {m}", own * 1e6, point.timing.best * 1e6))
-    return pairs
+    other = tersor.quantize_(copy.deepcopy(model), INT8)
+    pairs: dict[str, tuple[float, float]] = {}
+    for _ in range(turns):
+        found = tersor.report(model, other, inputs, rounds=3)
+        rows = {(row.k, row.n, m): row for row in found.layers for m in row.rows if len(row.rows) == 1}
+        for m in sorted({m for _, _, m in rows}):
+            shapes = tuple((k, n) for k, n, rows_of in rows if rows_of == m)
+            for point in Bench(shapes, (m,), rounds=7).run(machine()):
+                if point.name not in ("fp32", "tersor"):
+                    continue
+                row = rows[point.k, point.n, m]
+                own = (row.before if point.name == "fp32" else row.after).best / row.rows[m]
+                what = f"{point.name} {point.k} x {point.n}, M = {m}"
+                before = pairs.get(what, (math.inf, math.inf))
+                pairs[what] = (min(own * 1e6, before[0]), min(point.timing.best * 1e6, before[1]))
+    return [(what, *both) for what, both in pairs.items()]
 
 
 def report_gap() -> float:

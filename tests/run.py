@@ -300,11 +300,11 @@ def docs(full: bool) -> None:
             raise SystemExit(f"{page.name} would fetch {found}: the site has to work without a network")
 
 
-# Install and lint run by themselves; of the rest two run beside each other. The longest begins, amx and older_cpus use what cpp has built.
+# Install runs by itself; of the rest two run beside each other. The longest begins, amx and older_cpus use what cpp has built.
 PARTS: dict[str, Callable[[bool], None]] = {
     "install": install,
-    "lint": lint,
     "suite": suite,
+    "lint": lint,
     "cpp": cpp,
     "sanitizers": sanitizers,
     "cuda": cuda,
@@ -356,9 +356,9 @@ def main() -> int:
     start = time.monotonic()
     seconds: dict[str, float] = {}
     failed: list[str] = []
-    run_parts(iter([options.only] if options.only else list(PARTS)[:2]), options.full, seconds, failed)
+    run_parts(iter([options.only or "install"]), options.full, seconds, failed)
     if not options.only and "install" not in failed:
-        left = iter(list(PARTS)[2:])
+        left = iter(list(PARTS)[1:])
         workers = [threading.Thread(target=run_parts, args=(left, options.full, seconds, failed)) for _ in range(2)]
         for worker in workers:
             worker.start()

@@ -54,9 +54,15 @@ print(kib("VmHWM") - before)
 """
 
 
+# Formats that lay out their scratch each in its own way; each is a process of its own, so the others wait for make test-full.
+DISTINCT = ("int8-dynamic", "int4-g32", "ternary", "binary-xnor", "sparse-int8", "sparse-float")
+
+
 # 64 rows of the longest K as int8 are 8 MiB, as float32 33.
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc to give back what is free, and reads /proc")
-@pytest.mark.parametrize("name", our_formats())
+@pytest.mark.parametrize(
+    "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in our_formats()]
+)
 @pytest.mark.parametrize("k", [pytest.param(4096, marks=pytest.mark.slow), 132096])
 def test_scratch_is_bounded(name: str, k: int):
     if isinstance(our_formats()[name], tersor.SparseFloat):

@@ -82,30 +82,30 @@ class Noise:
     """Notices a machine that is not ours alone, from what the measurements themselves show.
 
     A thread that computes has CPU time as long as it runs: where wall time is longer, another process had the core. And the same
-    work takes the same time while the clock stays: where a contender's rounds spread, it did not.
+    work takes the same time while the clock stays: where a contender's rounds spread, it did not. One odd contender is not the
+    machine: OpenVINO computes on a thread of its own while the caller waits.
     """
 
     LOST = 0.03  # share of the time another process may have had
     SPREAD = 0.15  # how far the median round may lie above the fastest, in the middle of all contenders
 
     def __init__(self) -> None:
-        self.wall = 0.0
-        self.cpu = 0.0
+        self.seconds: dict[str, tuple[float, float]] = {}  # contender -> (wall, CPU)
         self.spreads: list[float] = []
 
-    def add(self, wall: float, cpu: float) -> None:
-        self.wall += wall
-        self.cpu += cpu
+    def add(self, name: str, wall: float, cpu: float) -> None:
+        walls, cpus = self.seconds.get(name, (0.0, 0.0))
+        self.seconds[name] = walls + wall, cpus + cpu
 
     @property
     def lost(self) -> float:
-        """Share of the wall time in which this thread did not run."""
-        return max(0.0, 1 - self.cpu / self.wall) if self.wall else 0.0
+        """Share of the wall time in which this thread did not run, the median over contenders."""
+        return max(0.0, _low_median([1 - cpu / wall for wall, cpu in self.seconds.values()]))
 
     @property
     def spread(self) -> float:
         """Median over contenders of (median round / best round - 1)."""
-        return sorted(self.spreads)[len(self.spreads) // 2] if self.spreads else 0.0
+        return _low_median(self.spreads)
 
     def warning(self) -> str | None:
         """A sentence for people, or None on a quiet machine."""
@@ -119,6 +119,11 @@ class Noise:
         return f"noisy machine: {' and '.join(reasons)}; stop other work and run again, or trust only large ratios"
 
 
+def _low_median(values: list[float]) -> float:
+    """The lower one of two in the middle; 0 of none."""
+    return sorted(values)[(len(values) - 1) // 2] if values else 0.0
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int = 7,
@@ -129,7 +134,7 @@ def interleaved(
     """Times each contender `rounds` times, in turn; one measurement lasts about `seconds`, at least one call, after a warm-up.
 
     Who begins changes with each round. on_round is called outside the timed parts. `noise` gathers how quiet the machine was; only
-    for contenders that compute on the calling thread, as waiting for another one counts as lost time.
+    where most contenders compute on the calling thread, as waiting for another one counts as lost time.
     """
     calls: dict[str, int] = {}
     for name, f in contenders.items():
@@ -151,7 +156,7 @@ def interleaved(
                 f()
             wall = time.perf_counter() - start
             if noise is not None:
-                noise.add(wall, time.thread_time() - cpu)
+                noise.add(name, wall, time.thread_time() - cpu)
             samples[name].append(wall / n)
         if on_round:
             on_round()

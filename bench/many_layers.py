@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import click
 from rich.console import Console
@@ -38,21 +39,24 @@ def in_turn(calls: list[Callable[[], object]]) -> Callable[[], None]:
     return run
 
 
-def measure(name: str, k: int, n: int, rows: list[int]) -> tuple[int, int, dict[str, float]]:
-    """(layers, bytes of a layer, best seconds a layer of "read" and each number of rows) of a format of ours, or of fp32."""
+class Layers(NamedTuple):
+    count: int
+    size: int  # bytes of one
+    passes: dict[str, Callable[[], None]]  # over all of them: "read", and one for each number of rows
+
+
+def layers_of(name: str, k: int, n: int, rows: list[int]) -> Layers:
+    """In a format of ours, or in fp32."""
     linear = nn.Linear(k, n)
     first = linear if name == "fp32" else tersor.QuantLinear.from_linear(linear, our_formats()[name])
     size = 4 * k * n if name == "fp32" else stored_bytes(first)
     count = -(-CACHES * this_machine().caches["L3"] // size)
     layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
-    contenders = {}
-    if name != "fp32":
-        contenders["read"] = in_turn([read_loop(layer.weight_packed) for layer in layers])
+    passes = {} if name == "fp32" else {"read": in_turn([read_loop(layer.weight_packed) for layer in layers])}
     for m in rows:
         x = torch.randn(m, k)
-        contenders[str(m)] = in_turn([partial(layer, x) for layer in layers])
-    times = interleaved(contenders, rounds=7, seconds=0.05)
-    return count, size, {key: timing.best / count for key, timing in times.items()}
+        passes[str(m)] = in_turn([partial(layer, x) for layer in layers])
+    return Layers(count, size, passes)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -67,13 +71,14 @@ def main(k: int, n: int, m: str, threads: int) -> None:
     title = f"{k} x {n}, {machine_name()}, {threads} thread(s): us a layer (times fp32)"
     table = Table("", "layers", "kB", "read loop", *(f"M = {r}" for r in rows), title=title)
     with torch_threads(threads), torch.inference_mode():
-        float_times: dict[str, float] = {}
-        for name in ("fp32", *(name for name in FORMATS if name != "int4-g32" or k % 32 == 0)):
-            count, size, times = measure(name, k, n, rows)
-            float_times = float_times or times
-            read = f"{times['read'] * 1e6:.1f}" if "read" in times else ""
-            cells = (f"{times[str(r)] * 1e6:.1f} ({float_times[str(r)] / times[str(r)]:.1f})" for r in rows)
-            table.add_row(name, str(count), f"{size / 1e3:,.0f}", read, *cells)
+        found = {name: layers_of(name, k, n, rows) for name in ("fp32", *FORMATS) if name != "int4-g32" or k % 32 == 0}
+        calls = {(name, what): run for name, layers in found.items() for what, run in layers.passes.items()}
+        timings = interleaved({" ".join(key): run for key, run in calls.items()}, rounds=7, seconds=0.05)
+    us = {(name, what): timings[f"{name} {what}"].best / found[name].count * 1e6 for name, what in calls}
+    for name, layers in found.items():
+        read = f"{us[name, 'read']:.1f}" if "read" in layers.passes else ""
+        cells = (f"{us[name, str(r)]:.1f} ({us['fp32', str(r)] / us[name, str(r)]:.1f})" for r in rows)
+        table.add_row(name, str(layers.count), f"{layers.size / 1e3:,.0f}", read, *cells)
     Console(width=120).print(table)
 
 

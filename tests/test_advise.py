@@ -360,6 +360,7 @@ def test_for_people_and_for_programs(known):
         ({"max_drop": -0.1}, ValueError, "advise: max_drop is -0.1"),
         ({"max_drop": math.nan}, ValueError, "advise: max_drop is nan"),
         ({"metric": lambda m: 1}, ValueError, "advise: metric is given without max_drop"),
+        ({"metric": lambda m: math.nan, "max_drop": 1}, ValueError, "advise: metric(model) is nan"),
         ({"formats": ["int8"]}, TypeError, "advise: formats holds 'int8'"),
         ({"inputs": []}, ValueError, "advise: inputs is empty"),
         ({"model": nn.Sequential(nn.ReLU())}, ValueError, "reach no layer that could be swapped"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import UserDict
 
 import pytest
 import torch
@@ -26,6 +27,24 @@ def exact_squared_error(x: torch.Tensor, scale: float) -> float:
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8))
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 8)
+
+    def forward(self, *, values: torch.Tensor) -> torch.Tensor:
+        return self.linear(values)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_a_tokenizer_gives_is_keywords(many: bool):
+    """transformers' BatchEncoding is a UserDict: a mapping, but no dict."""
+    net, given = Named(), UserDict(values=torch.randn(5, 32))
+    config = tersor.calibrate(net, tersor.Int8Static(), [given, given] if many else given, observer="minmax")
+    assert config == {"linear": tersor.Int8Static(given["values"].abs().max().item() / CODES)}
+    assert tersor.quantize_(net, config, only_if_faster=given) is net
 
 
 def test_minmax_is_the_largest_of_all_batches():

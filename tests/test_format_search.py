@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -282,6 +283,7 @@ def test_search_with_real_times(tmp_path):
         ({"max_drop": -1}, ValueError, "search: max_drop is -1, expected 0 or more"),
         ({"max_drop": float("nan")}, ValueError, "search: max_drop is nan"),
         ({"metric": 3}, TypeError, "search: metric is int"),
+        ({"metric": lambda m: math.nan}, ValueError, "search: metric(model) is nan for the model as it is, expected a finite"),
         ({"thorough": 2}, ValueError, "search: thorough is 2, expected a number from 0 to 1"),
         ({"formats": []}, ValueError, "search: formats is empty"),
         ({"formats": ["int8"]}, TypeError, "search: config is 'int8'"),
@@ -297,5 +299,7 @@ def test_refusals(change, kind, message):
 def test_sensitivity_refusals():
     with pytest.raises(ValueError, match="metric and loss exclude each other"):
         tersor.sensitivity(Model(1), INT8, X, metric, loss=metric)
+    with pytest.raises(ValueError, match=r"sensitivity: metric\(model\) is inf"):
+        tersor.sensitivity(Model(1), INT8, X, lambda m: math.inf)
     with pytest.raises(TypeError, match="iterable of pairs"):
         tersor.sensitivity(Model(1), INT8, X, loss=metric)

@@ -243,6 +243,7 @@ def test_plot_writes_what_it_returns(tmp_path):
         ({"other": None}, TypeError, "report: other is NoneType"),
         ({"inputs": []}, ValueError, "report: inputs is empty"),
         ({"inputs": 3}, TypeError, "report: inputs is int"),
+        ({"inputs": "abc"}, TypeError, "report: inputs is str"),  # not three calls with a letter each
         ({"metric": 3}, TypeError, "report: metric is int"),
         ({"metric": lambda m: "good"}, TypeError, "report: metric(model) gave str, expected a number"),
         ({"rounds": 0}, ValueError, "report: rounds is 0"),

@@ -17,18 +17,19 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of one call
 
 
 def batches(inputs: Any, argument: str) -> list[Batch]:
-    """The calls of the model that `inputs` stands for: a tensor, a tuple of arguments, a dict of keywords, or an iterable of those.
+    """The calls of the model that `inputs` stands for: a tensor, a tuple of arguments, a dict of keywords (or another mapping, as
+    tokenizers give), or an iterable of those.
 
     argument  what messages call it
     """
-    if isinstance(inputs, Tensor | tuple | dict):
+    if isinstance(inputs, Tensor | tuple | Mapping):
         inputs = [inputs]
-    if not isinstance(inputs, Iterable):
+    if isinstance(inputs, str | bytes) or not isinstance(inputs, Iterable):
         raise TypeError(f"{argument} is {type(inputs).__name__}, expected a tensor, a tuple, a dict, or an iterable of those")
     calls: list[Batch] = []
     for item in inputs:
-        if isinstance(item, dict):
-            calls.append(((), item))
+        if isinstance(item, Mapping):
+            calls.append(((), dict(item)))
         else:
             calls.append((tuple(item) if isinstance(item, tuple | list) else (item,), {}))
     if not calls:

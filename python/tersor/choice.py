@@ -91,12 +91,12 @@ def row_counts(model: nn.Module, layers: Sequence[nn.Linear], only_if_faster: An
         return {id(layer): rows for layer in layers}
     if isinstance(only_if_faster, Tensor):
         only_if_faster = (only_if_faster,)
-    if not isinstance(only_if_faster, tuple | dict) or not only_if_faster:
+    if not isinstance(only_if_faster, tuple | Mapping) or not only_if_faster:
         raise TypeError(
             f"quantize_: only_if_faster is {type(only_if_faster).__name__}, expected numbers of rows (1, or (1, 64)), or example "
             "inputs of the model: a tensor, a tuple of arguments or a dict of them"
         )
-    batch: Batch = ((), only_if_faster) if isinstance(only_if_faster, dict) else (only_if_faster, {})
+    batch: Batch = ((), dict(only_if_faster)) if isinstance(only_if_faster, Mapping) else (only_if_faster, {})
     with torch.no_grad():
         return rows_of_calls(model, layers, [batch])
 

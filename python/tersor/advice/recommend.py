@@ -19,7 +19,7 @@ from ..comparison import exchanged, model_bytes
 from ..formats import Binary, BinaryXnor, Format, Int4, Int8Dynamic, Int8WeightOnly, Ternary
 from ..nn import QuantLinear
 from ..progress import tracking
-from ..reporting.measure import Metric, distance_between, run_all, score
+from ..reporting.measure import Metric, distance_between, float_score, run_all, score
 from ..selection import Rules, Task, choose
 from .hardware import HARDWARE, Hardware
 from .predict import Here, LayerTime, call_cost, can_predict, predict, weight_bytes
@@ -263,7 +263,7 @@ def _drop(model: nn.Module, layers: list[Called], fmt: Format | None, calls: lis
             swaps[layer.layer] = QuantLinear.from_linear(layer.layer, own)
     changed = exchanged(model, swaps)
     if metric is not None:
-        return score(model, metric, "advise") - score(changed, metric, "advise")
+        return float_score(model, metric, "advise") - score(changed, metric, "advise")
     return 1 - distance_between(model, changed, calls).cosine
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from ..calibration import Batch, batches, evaluating
 from ..comparison import Distance, exchanged
 from ..nn import QuantLinear
 from ..progress import tracking
-from ..reporting.measure import Metric, score
+from ..reporting.measure import Metric, float_score, score
 from ..reporting.pages import markdown_table
 from ..selection import Filter
 from ..swap import Config
@@ -140,7 +140,7 @@ def measured_damage(
 
 def _judge(model: nn.Module, inputs: Any, metric: Metric | None, loss: Loss | None) -> Judge:
     if metric is not None:
-        before = score(model, metric, "sensitivity")
+        before = float_score(model, metric, "sensitivity")
         return lambda changed: before - score(changed, metric, "sensitivity")
     if loss is not None:
         pairs = _pairs(inputs)
@@ -163,7 +163,7 @@ def output_judge(model: nn.Module, calls: list[Batch]) -> Judge:
 
 
 def _pairs(inputs: Any) -> list[tuple[Batch, Any]]:
-    pairs = list(inputs) if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | dict) else []
+    pairs = list(inputs) if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | Mapping) else []
     if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise TypeError("sensitivity: with loss, inputs must be an iterable of pairs (inputs, target)")
     return [(batches(given, "sensitivity: inputs")[0], target) for given, target in pairs]

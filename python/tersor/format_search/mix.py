@@ -17,7 +17,7 @@ from ..choice import Choice, Rows, rows_of_calls
 from ..comparison import exchanged, model_bytes
 from ..formats import Format
 from ..progress import tracking
-from ..reporting.measure import SECONDS, Metric, run_all, score
+from ..reporting.measure import SECONDS, Metric, float_score, run_all, score
 from ..reporting.pages import markdown_table
 from ..selection import Filter
 from ..swap import Config
@@ -226,7 +226,8 @@ class _Run:
             key = " ".join(map(str, mix))
             known = self.memory.get("metric", key)
             if known is None:
-                known = score(self.changed(mix), self.metric, "search")
+                measured = float_score if mix == self.floats else score
+                known = measured(self.changed(mix), self.metric, "search")
                 self.memory.put(known, "metric", key)
             self.metrics[mix] = float(known)
         return self.metrics[mix]

@@ -223,6 +223,14 @@ def score(model: nn.Module, metric: Metric, function: str) -> float:
         raise TypeError(f"{function}: metric(model) gave {type(value).__name__}, expected a number, higher is better") from None
 
 
+def float_score(model: nn.Module, metric: Metric, function: str) -> float:
+    """score() of the model as it is, against which others are held; ValueError where nothing can be."""
+    value = score(model, metric, function)
+    if not math.isfinite(value):
+        raise ValueError(f"{function}: metric(model) is {value} for the model as it is, expected a finite number, higher is better")
+    return value
+
+
 def peak_bytes(model: nn.Module, calls: list[Batch]) -> int:
     """The model, and the most that its calls held at once beside it: everything that comes from torch's allocators (scratch of our
     kernels, at most 4 MiB a thread, does not)."""

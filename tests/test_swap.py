@@ -103,6 +103,15 @@ def test_bad_weight_touches_nothing():
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
 
 
+@pytest.mark.parametrize("fmt", [Int8Dynamic(), tersor.Ternary()])
+def test_a_float64_weight_touches_nothing(fmt):
+    model = Tiny()
+    model.head.double()
+    with pytest.raises(TypeError, match=r"quantize_: head.weight is torch.float64, expected float32, .* nothing was changed"):
+        tersor.quantize_(model, fmt)
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+
+
 def test_root_linear():
     linear = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="QuantLinear.from_linear"):

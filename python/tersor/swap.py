@@ -17,7 +17,7 @@ from .adapters import guard_merges
 from .choice import Choice, row_counts
 from .formats import BY_BITS, Format, Int8Dynamic
 from .nn import QuantLinear, has_values
-from .ops.checks import as_rows
+from .ops.checks import FLOATS, as_rows
 from .progress import tracked
 from .selection import Filter, Rules, Spot, Task, choose, some
 from .weights import row_blocks
@@ -189,6 +189,9 @@ def _validate(place: Place, function: str) -> None:
         place.format.constants()
     except ValueError as error:
         raise ValueError(f"{function}: {place.fqn}: {error}; nothing was changed") from None
+    if linear.weight.dtype not in FLOATS:
+        expected = "expected float32, bfloat16 or float16, as its inputs will have to be; call model.float() first"
+        raise TypeError(f"{function}: {place.fqn}.weight is {linear.weight.dtype}, {expected}; nothing was changed")
     if not is_finite(linear.weight.detach()):
         raise ValueError(f"{function}: {place.fqn}.weight holds NaN or inf; nothing was changed")
 

@@ -112,6 +112,30 @@ def test_a_float64_weight_touches_nothing(fmt):
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
 
 
+class Conv1D(nn.Module):
+    """Named as transformers names the layers of GPT-2."""
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Sequential(nn.ReLU()), "quantize_: no layer is swapped: the model has 0 nn.Linear$"),
+        (
+            nn.Sequential(Conv1D(), Conv1D()),
+            r"the model has 0 nn.Linear; its 2 Conv1D \(transformers' form of GPT-2's layers\) are none",
+        ),
+    ],
+)
+def test_a_swap_of_nothing_says_so(model, said, recwarn):
+    with pytest.warns(UserWarning, match=said) as caught:
+        tersor.quantize_(model, Int8Dynamic())
+    assert caught[0].filename == __file__
+    for asked in ({"_default": None}, {}):  # that was the wish
+        tersor.quantize_(model, asked)
+    tersor.quantize_(model, Int8Dynamic(), lambda module, fqn: False)
+    assert not recwarn
+
+
 def test_root_linear():
     linear = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="QuantLinear.from_linear"):

@@ -82,6 +82,10 @@ class Rules(Generic[V]):
             else:
                 self.exact[key] = value
 
+    @property
+    def wants_some(self) -> bool:
+        return any(value is not None for value in (self.default, *self.exact.values(), *(value for *_, value in self.patterns)))
+
     def lookup(self, fqn: str) -> V | None:
         found = self.exact.get(fqn)
         if fqn in self.exact:
@@ -165,13 +169,18 @@ def choose(model: nn.Module, rules: Rules[V], filter_fn: Filter | None) -> list[
             warnings.warn(
                 f"tersor: {fqn} stays {task.stays}: its weight is tied to {owner}, which is not {task.done}; "
                 f"name it in the config ({{{fqn!r}: ...}}) to give it a {'packed copy' if task.packs else 'weight'} of its own",
-                stacklevel=5,
+                stacklevel=4,
             )
             continue
         if owner and isinstance(value, Format):
             n_bytes = sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in value.tensors(*layer.weight.shape))
             logger.warning("tersor: %s is tied to %s, which stays float: its packed copy adds %d bytes", fqn, owner, n_bytes)
         places.append((Spot(fqn, parent, name), value))
+    if not places and filter_fn is None and rules.wants_some:
+        others = sum(type(module).__name__ == "Conv1D" for module in model.modules())
+        gpt2 = f"; its {others} Conv1D (transformers' form of GPT-2's layers) are none" if others else ""
+        stays = f"the model has {len(candidates)} nn.Linear{gpt2}"
+        warnings.warn(f"tersor: {task.function}: no layer is {task.done}: {stays}", stacklevel=4)
     return places
 
 

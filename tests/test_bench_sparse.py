@@ -50,16 +50,17 @@ def test_break_even_is_where_it_stays_faster():
     assert break_even(rows, "unstructured", 1, FLOAT, FP32) is None
 
 
-def test_the_command_measures_and_writes(tmp_path: Path):
+@pytest.mark.parametrize("rows", ["2", pytest.param("1,2", marks=pytest.mark.slow)])
+def test_the_command_measures_and_writes(tmp_path: Path, rows: str):
     out = tmp_path / "rows.csv"
-    size = ("--k", "64", "--n", "32", "--m", "2", "--percent", "80", "--rounds", "3")
+    size = ("--k", "64", "--n", "32", "--m", rows, "--percent", "80", "--rounds", "3")
     result = CliRunner().invoke(main, ["bench", "sparse", *size, "--ours-only", "--csv", str(out)])
     assert result.exit_code == 0, result.output
     assert "16x4, M=2: sparse float is faster than fp32" in result.output
     with out.open() as file:
         found = list(csv.DictReader(file))
     assert {(r["pattern"], r["M"], r["contender"]) for r in found} == {
-        (p, "2", name) for p in ("unstructured", "16x4", "2:4") for name in (DENSE, INT8, FLOAT, FP32)
+        (p, m, name) for p in ("unstructured", "16x4", "2:4") for m in rows.split(",") for name in (DENSE, INT8, FLOAT, FP32)
     }
 
 

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -100,12 +101,13 @@ class Noise:
     @property
     def lost(self) -> float:
         """Share of the wall time in which this thread did not run, the median over contenders."""
-        return max(0.0, _low_median([1 - cpu / wall for wall, cpu in self.seconds.values()]))
+        lost = [1 - cpu / wall for wall, cpu in self.seconds.values()]
+        return max(0.0, statistics.median_low(lost)) if lost else 0.0
 
     @property
     def spread(self) -> float:
         """Median over contenders of (median round / best round - 1)."""
-        return _low_median(self.spreads)
+        return statistics.median_high(self.spreads) if self.spreads else 0.0
 
     def warning(self) -> str | None:
         """A sentence for people, or None on a quiet machine."""
@@ -117,11 +119,6 @@ class Noise:
         if not reasons:
             return None
         return f"noisy machine: {' and '.join(reasons)}; stop other work and run again, or trust only large ratios"
-
-
-def _low_median(values: list[float]) -> float:
-    """The lower one of two in the middle; 0 of none."""
-    return sorted(values)[(len(values) - 1) // 2] if values else 0.0
 
 
 def interleaved(

@@ -303,6 +303,9 @@ def test_drop_is_measured(known):
 
     drops = {row.format: row.drop for row in advised(max_drop=4, metric=bits).formats}
     assert drops["Int4()"] == 4
+    judged: list[nn.Module] = []
+    advised(max_drop=4, metric=lambda m: judged.append(m) or bits(m))
+    assert len(judged) == len(drops)  # the float model once, each format once
     assert advised(max_drop=4, metric=bits).recommended in ("Int8Dynamic()", "Int4()")
 
 

@@ -186,9 +186,10 @@ def advise(
         options: list[Format | None] = [None, *candidates]
         times = {fmt: layer_times(layers, fmt, here) for fmt in options}
         rest_s = max(0.0, measured_s - sum(t.seconds for own in times[None] for t in own))
+        base = None if metric is None else float_score(model, metric, "advise")
         found = []
         for fmt in options:
-            drop = None if max_drop is None else _drop(model, layers, fmt, calls, metric)
+            drop = None if max_drop is None else _drop(model, layers, fmt, calls, metric, base)
             found.append(_format_advice(model, layers, fmt, times[fmt], rest_s, drop, (latency, memory, max_drop)))
             step(_name(fmt))
     possible = [(advice, fmt) for advice, fmt in zip(found, options, strict=True) if not advice.reasons]
@@ -252,8 +253,10 @@ def _name(fmt: Format | None) -> str:
     return "float" if fmt is None else repr(fmt)
 
 
-def _drop(model: nn.Module, layers: list[Called], fmt: Format | None, calls: list[Batch], metric: Metric | None) -> float:
-    """Measured on a copy that shares all other tensors."""
+def _drop(
+    model: nn.Module, layers: list[Called], fmt: Format | None, calls: list[Batch], metric: Metric | None, base: float | None
+) -> float:
+    """Measured on a copy that shares all other tensors. base: what the metric gives the model as it is."""
     if fmt is None:
         return 0.0
     swaps: dict[nn.Module, nn.Module] = {}
@@ -262,8 +265,8 @@ def _drop(model: nn.Module, layers: list[Called], fmt: Format | None, calls: lis
         if own is not None:
             swaps[layer.layer] = QuantLinear.from_linear(layer.layer, own)
     changed = exchanged(model, swaps)
-    if metric is not None:
-        return float_score(model, metric, "advise") - score(changed, metric, "advise")
+    if metric is not None and base is not None:
+        return base - score(changed, metric, "advise")
     return 1 - distance_between(model, changed, calls).cosine
 
 

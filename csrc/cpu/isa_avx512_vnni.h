@@ -92,8 +92,11 @@ struct Avx512Vnni {
     static constexpr bool kSigned = false, kPairs = false;
     static constexpr uint8_t kMask = (1 << kBits) - 1;
     static W codes(const uint8_t* p, int j) {
-      const W w = _mm512_loadu_si512(p);
-      if constexpr (kBits == 8) return w;
+      W w = _mm512_loadu_si512(p);
+      if constexpr (kBits == 8) {
+        opaque(w);  // or gcc 12 loads it again for each row
+        return w;
+      }
       return _mm512_and_si512(_mm512_srli_epi32(w, static_cast<unsigned>(kBits * j)), _mm512_set1_epi8(kMask));
     }
     static W masked(Vi words, int j) { return _mm512_and_si512(words, _mm512_set1_epi8(static_cast<char>(kMask << kBits * j))); }

@@ -136,6 +136,14 @@ def test_a_swap_of_nothing_says_so(model, said, recwarn):
     assert not recwarn
 
 
+def test_that_warning_is_at_the_callers_line_from_any_depth():
+    with pytest.warns(UserWarning, match="no layer is") as caught, pytest.raises(ValueError, match="reach no layer"):
+        tersor.advise(nn.Sequential(nn.ReLU()), torch.randn(1, 4))
+    with pytest.warns(UserWarning, match="no layer is") as further, pytest.raises(ValueError, match="choose no layer"):
+        tersor.prune_(nn.Sequential(nn.ReLU()), tersor.Unstructured(0.5))
+    assert {warning.filename for warning in (*caught, *further)} == {__file__}
+
+
 def test_root_linear():
     linear = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="QuantLinear.from_linear"):

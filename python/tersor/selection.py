@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -166,10 +167,9 @@ def choose(model: nn.Module, rules: Rules[V], filter_fn: Filter | None) -> list[
         seen.add((id(parent), name))
         owner = owners.get(id(layer.weight))
         if owner and filter_fn is None and fqn not in rules.exact:
-            warnings.warn(
+            _warn_caller(
                 f"tersor: {fqn} stays {task.stays}: its weight is tied to {owner}, which is not {task.done}; "
-                f"name it in the config ({{{fqn!r}: ...}}) to give it a {'packed copy' if task.packs else 'weight'} of its own",
-                stacklevel=4,
+                f"name it in the config ({{{fqn!r}: ...}}) to give it a {'packed copy' if task.packs else 'weight'} of its own"
             )
             continue
         if owner and isinstance(value, Format):
@@ -180,8 +180,17 @@ def choose(model: nn.Module, rules: Rules[V], filter_fn: Filter | None) -> list[
         others = sum(type(module).__name__ == "Conv1D" for module in model.modules())
         gpt2 = f"; its {others} Conv1D (transformers' form of GPT-2's layers) are none" if others else ""
         stays = f"the model has {len(candidates)} nn.Linear{gpt2}"
-        warnings.warn(f"tersor: {task.function}: no layer is {task.done}: {stays}", stacklevel=4)
+        _warn_caller(f"tersor: {task.function}: no layer is {task.done}: {stays}")
     return places
+
+
+def _warn_caller(message: str) -> None:
+    """A UserWarning at the line that called the package, however deep the functions of the package lie."""
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _refuse_masks(model: nn.Module, rules: Rules[Any], filter_fn: Filter | None) -> None:

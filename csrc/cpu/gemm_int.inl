@@ -18,11 +18,16 @@ struct BlockArgs {
   int64_t ldx;          // bytes
   int64_t words;        // k steps
   int64_t m, n;         // first row of the block within the range's arrays, first channel
+  int64_t step;         // from one tile of the panel to the next, in tiles; not 1 only where kApart<P, rows>
   const uint8_t* next;  // tiles of the next panel to bring into L2 meanwhile
   int64_t next_lines;   // cache lines of it for this block
 
-  int64_t tile_stride() const { return words * kTileBytes; }
+  int64_t tile_stride() const { return step * words * kTileBytes; }
 };
+
+// Whether the tiles of a panel of so many rows may lie apart, see run_blocks.
+template <typename P, int kRows>
+inline constexpr bool kApart = P::stream_tiles(kRows, INT64_MAX) > 1;
 
 template <typename Sum>
 inline constexpr bool kIsFloat = false;
@@ -31,14 +36,14 @@ inline constexpr bool kIsFloat<Vf> = true;
 inline Vf as_f32(Vi v) { return Isa::to_f32(v); }
 inline Vf as_f32(Vf v) { return v; }
 
-// Sums: Vi (the integers) or Vf (sums of scaled groups).
+// The channels from n on. Sums: Vi (the integers) or Vf (sums of scaled groups).
 template <int kRows, int kTiles, typename Sum>
-void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]) {
+void store_channels(const BlockArgs& b, int64_t n, const Sum (&sum)[kRows][kTiles * kTileVecs]) {
   constexpr int64_t kWidth = kTiles * kTileN;
   const GemmArgs& g = *b.gemm;
-  const int64_t columns = b.n + kWidth <= g.N ? kWidth : g.N - b.n;
-  const Destination to{element(g.y, g.y_dtype, b.m * g.ldy + b.n), g.y_dtype, g.ldy,
-                       g.residual ? element(g.residual, g.y_dtype, b.m * g.ldr + b.n) : nullptr, g.ldr};
+  const int64_t columns = n + kWidth <= g.N ? kWidth : g.N - n;
+  const Destination to{element(g.y, g.y_dtype, b.m * g.ldy + n), g.y_dtype, g.ldy,
+                       g.residual ? element(g.residual, g.y_dtype, b.m * g.ldr + n) : nullptr, g.ldr};
   alignas(64) float block[kRows * kWidth];
 
   if constexpr (!kIsFloat<Sum>) {
@@ -53,7 +58,7 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
     }
   }
 
-  const Channels channels(g.weight_scale, g.bias, b.n, kWidth, columns);
+  const Channels channels(g.weight_scale, g.bias, n, kWidth, columns);
   const bool direct =
       g.y_dtype == Dtype::f32 && columns == kWidth && (g.activation == Activation::none || g.activation == Activation::relu);
   const bool relu = direct && g.activation == Activation::relu;
@@ -81,6 +86,24 @@ void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]
     finish([](float* p, Vf v) { Isa::store(p, v); });
   }
   if (!direct) finish_block(block, kRows, kWidth, columns, g.activation, to);
+}
+
+template <typename P, int kRows, int kTiles, typename Sum>
+TERSOR_INLINE void store_block(const BlockArgs& b, const Sum (&sum)[kRows][kTiles * kTileVecs]) {
+  if constexpr (!kApart<P, kRows> || kTiles == 1) {
+    store_channels<kRows, kTiles>(b, b.n, sum);
+  } else {
+    TERSOR_UNROLL(4)
+    for (int t = 0; t < kTiles; ++t) {
+      Sum tile[kRows][kTileVecs];
+      TERSOR_UNROLL(8)
+      for (int m = 0; m < kRows; ++m) {
+        TERSOR_UNROLL(4)
+        for (int v = 0; v < kTileVecs; ++v) tile[m][v] = sum[m][t * kTileVecs + v];
+      }
+      store_channels<kRows, 1>(b, b.n + t * b.step * kTileN, tile);
+    }
+  }
 }
 
 template <int kSets, int kRows, int kVecs>
@@ -202,7 +225,7 @@ void micro_kernel(const BlockArgs& b) {
     TERSOR_UNROLL(16)
     for (int v = 0; v < kVecs; ++v) sums[0][m][v] = P::value(sums[0][m][v], repair);
   }
-  store_block<kRows, kTiles>(b, sums[0]);
+  store_block<P, kRows, kTiles>(b, sums[0]);
 }
 
 // 4-bit codes whose scale changes along K: the exact sum of each group becomes float and is added times its scale.
@@ -210,7 +233,8 @@ struct Grouped : Codes<4> {
   static constexpr bool kGrouped = true;
   static constexpr int kMaxRows = Isa::kGroupedMaxRows;
   static constexpr int max_tiles(int rows) { return Isa::grouped_tiles(rows); }
-  static constexpr int kStreamRows = 0, kPrefetchRows = 1;
+  static constexpr int stream_tiles(int, int64_t) { return 0; }
+  static constexpr int kPrefetchRows = 1;
 };
 
 template <int kRows, int kTiles>
@@ -249,7 +273,7 @@ void grouped_kernel(const BlockArgs& b) {
       }
     }
   }
-  store_block<kRows, kTiles>(b, total);
+  store_block<P, kRows, kTiles>(b, total);
 }
 
 using BlockKernel = void (*)(const BlockArgs&);
@@ -288,44 +312,36 @@ BlockKernel pick(int64_t rows, int64_t tiles) {
   return pick_tiles<P, kRows>(tiles);
 }
 
-// Panels of one tile are read as one stream, which the hardware prefetcher follows from tile to tile; several tiles at once are as
-// many streams that begin anew with each panel. Tiles of more words are streams long enough, and then it is x that counts: it is
-// read again for each panel.
-constexpr int64_t stream_words(int64_t rows) { return rows == 1 ? 512 : 384; }
-
 // All blocks of a range. x: its first row, in the form the product reads; split: room for a panel of
 // SplitCodes, or null.
+//
+// The tiles of a panel are neighbours:              0 1 2 | 3 4 5 | ...
+// Where few rows wait for weights, one or two that
+// lie half the range apart (stream_tiles):          0 n/2 | 1 n/2+1 | ...
+// Each is then a stream from the first byte of its part to the last, which the hardware prefetcher follows from panel to panel;
+// neighbours are streams that begin anew with each panel. It is x that then counts, read again for each panel.
 template <typename P>
 void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ldx, int64_t words, uint8_t* split = nullptr) {
   const int64_t rows = r.m1 - r.m0;
   const int64_t row_blocks = ceil_div(rows, P::kMaxRows);
   const int64_t short_rows = rows / row_blocks, long_blocks = rows % row_blocks;  // nearly equal heights
-  const int64_t tallest = short_rows + (long_blocks ? 1 : 0);
-  const bool streams = tallest <= P::kStreamRows && words <= stream_words(tallest);
-  const int64_t panel = streams ? 1 : P::max_tiles(static_cast<int>(tallest));
+  const int tallest = static_cast<int>(short_rows + (long_blocks ? 1 : 0));
+  const int streams = row_blocks == 1 ? P::stream_tiles(tallest, words) : 0;
+  const int64_t tiles = r.t1 - r.t0, width = streams ? streams : P::max_tiles(tallest), panels = tiles / width;
+  const bool apart = streams > 1;
   BlockArgs b;
   b.gemm = &g;
   b.ldx = ldx;
   b.words = words;
-  const BlockKernel whole = pick<P>(tallest, panel);
-  for (int64_t t = r.t0; t < r.t1; t += panel) {
-    const int64_t tiles = t + panel < r.t1 ? panel : r.t1 - t;
-    const int64_t tiles_after = r.t1 - t - tiles < panel ? r.t1 - t - tiles : panel;
+  auto panel = [&](int64_t t, int64_t count, int64_t step) {
     b.w = g.weight_packed + t * words * kTileBytes;
     b.n = t * kTileN;
-    const uint8_t* next = b.w + tiles * words * kTileBytes;
-    const int64_t lines = tiles_after * words;
+    b.step = step;
+    const uint8_t* next = b.w + count * words * kTileBytes;
+    const int64_t left = r.t1 - t - count, lines = (left < width ? left : width) * words;
     if (split) {
       SplitCodes::split(b.w, words, split);
       b.w = split;
-    }
-    if (row_blocks == 1) {
-      b.x = x;
-      b.m = r.m0;
-      b.next = next;
-      b.next_lines = lines;
-      (tiles == panel ? whole : pick<P>(rows, tiles))(b);
-      continue;
     }
     int64_t m = 0;
     for (int64_t i = 0; i < row_blocks; ++i) {
@@ -334,10 +350,12 @@ void run_blocks(const GemmArgs& g, const GemmRange& r, const char* x, int64_t ld
       b.m = r.m0 + m;
       b.next = next + i * lines / row_blocks * kTileBytes;
       b.next_lines = (i + 1) * lines / row_blocks - i * lines / row_blocks;
-      pick<P>(height, tiles)(b);
+      pick<P>(height, count)(b);
       m += height;
     }
-  }
+  };
+  for (int64_t i = 0; i < panels; ++i) panel(r.t0 + (apart ? i : i * width), width, apart ? panels : 1);
+  if (const int64_t rest = tiles - panels * width) panel(r.t1 - rest, rest, 1);
   if (g.stream_y) Isa::stream_fence();
 }
 

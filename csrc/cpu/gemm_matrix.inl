@@ -28,7 +28,7 @@ void finish_sums(const BlockArgs& b, int64_t words, int64_t width, const int32_t
       sums[0][m][v] = P::value(sum, repair);
     }
   }
-  store_block<kRows, kTiles>(b, sums[0]);
+  store_block<P, kRows, kTiles>(b, sums[0]);
 }
 
 template <typename P, int kTiles, int kRows = 1>
@@ -75,6 +75,7 @@ bool gemm_matrix(const GemmArgs& g, const GemmRange& r) {
     b.w = g.weight_packed + t * words * kTileBytes;
     b.ldx = g.ldq;
     b.words = words;
+    b.step = 1;
     b.n = t * kTileN;
     const uint8_t* w = b.w;
     int64_t tile_stride = b.tile_stride();

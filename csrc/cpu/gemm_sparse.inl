@@ -68,7 +68,7 @@ TERSOR_INLINE void store_sparse(const SparseArgs& a, Vi (&sums)[kSets][kRows][kT
   b.gemm = a.gemm;
   b.m = a.m;
   b.n = a.t * kTileN;
-  store_block<kRows, 1>(b, sums[0]);
+  store_channels<kRows, 1>(b, b.n, sums[0]);
 }
 
 // Runs step(set, i) for all entries, the sets of sums in turn.

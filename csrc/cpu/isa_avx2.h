@@ -259,8 +259,8 @@ struct Avx2 {
   static constexpr int max_tiles(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int acc_sets(int rows, int) { return rows == 1 ? 2 : 1; }
   static constexpr int kInPlaceRows = 0;  // shifted back after the narrow sums would not do
-  static constexpr int stream_rows(int) { return 0; }
-  static constexpr int kXnorStreamRows = 2;
+  static constexpr int stream_tiles(int, int, int64_t) { return 0; }
+  static constexpr int xnor_stream_tiles(int rows) { return rows <= 2 ? 1 : 0; }
   static constexpr int prefetch_rows(int) { return 1; }
   static constexpr int kGroupedMaxRows = 2;
   static constexpr int grouped_tiles(int) { return 1; }

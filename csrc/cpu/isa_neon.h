@@ -174,8 +174,8 @@ struct Neon {
   static constexpr int max_tiles(int rows) { return rows == 1 ? 3 : rows == 2 ? 2 : 1; }
   static constexpr int acc_sets(int, int) { return 1; }
   static constexpr int kInPlaceRows = 0;  // codes are multiplied as s8
-  static constexpr int stream_rows(int) { return 0; }
-  static constexpr int kXnorStreamRows = 0;
+  static constexpr int stream_tiles(int, int, int64_t) { return 0; }
+  static constexpr int xnor_stream_tiles(int) { return 0; }
   static constexpr int prefetch_rows(int) { return kMaxRows / 2 + 1; }
   static constexpr int kGroupedMaxRows = 3;
   static constexpr int grouped_tiles(int rows) { return rows == 1 ? 2 : 1; }

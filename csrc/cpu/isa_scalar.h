@@ -292,9 +292,9 @@ struct Scalar {
   static constexpr int max_tiles(int) { return 1; }
   static constexpr int acc_sets(int /*rows*/, int /*tiles*/) { return 1; }
   static constexpr int kInPlaceRows = 0;  // up to so many rows codes of few bits are not shifted, see products.h
-  // Up to so many rows a panel is one tile, so that codes of so many bits are read in the order they lie in.
-  static constexpr int stream_rows(int) { return 0; }
-  static constexpr int kXnorStreamRows = 0;
+  // Tiles of a panel of few rows that are read as long streams (run_blocks); 0: max_tiles neighbours.
+  static constexpr int stream_tiles(int /*bits*/, int /*rows*/, int64_t /*words*/) { return 0; }
+  static constexpr int xnor_stream_tiles(int /*rows*/) { return 0; }
   // From so many rows on the next panel is brought into L2 while one is used.
   static constexpr int prefetch_rows(int) { return kMaxRows / 2 + 1; }
   static constexpr int kGroupedMaxRows = 2;

@@ -234,8 +234,8 @@ struct Isa {
   static constexpr int max_tiles(int) { return 1; }
   static constexpr int acc_sets(int, int) { return 1; }
   static constexpr int kInPlaceRows = 0;
-  static constexpr int stream_rows(int) { return 0; }
-  static constexpr int kXnorStreamRows = 0;
+  static constexpr int stream_tiles(int, int, int64_t) { return 0; }
+  static constexpr int xnor_stream_tiles(int) { return 0; }
   static constexpr int prefetch_rows(int) { return kMaxRows / 2 + 1; }
   static constexpr int kGroupedMaxRows = 1;
   static constexpr int grouped_tiles(int) { return 1; }

@@ -5,7 +5,8 @@
 //   kWordBytes        bytes of a tile at one k step, as word() reads it
 //   kUnroll           words in one turn of the loop
 //   sets(rows, tiles) sets of sums: they hide latency, or hold what still has to be shifted (see Codes)
-//   kStreamRows       up to so many rows a panel may be one tile, see run_blocks
+//   stream_tiles(rows, words)
+//                     of a panel whose tiles are read as long streams, see run_blocks; 0: max_tiles(rows) neighbours
 //   kPrefetchRows     from so many rows on the next panel is prefetched
 //   kFlushWords       words after which narrow sums go into 32-bit ones; 0: they are 32-bit at once
 //   together(rows)    words that word() takes at a time while there are so many
@@ -51,10 +52,11 @@ struct Codes {
   static constexpr int kMaxRows = Isa::kMaxRows;
   static constexpr bool in_place(int rows) { return kBits < 8 && rows <= Isa::kInPlaceRows; }
   static constexpr int sets(int rows, int tiles) {
-    return !in_place(rows) ? Isa::acc_sets(rows, tiles) : kSteps * tiles < 4 ? kSteps * kUnroll : kSteps;
+    return !in_place(rows) ? Isa::acc_sets(rows, tiles) : kSteps * tiles <= 4 ? kSteps * kUnroll : kSteps;
   }
   static constexpr int max_tiles(int rows) { return in_place(rows) && kBits == 1 ? 2 : Isa::max_tiles(rows); }
-  static constexpr int kStreamRows = Isa::stream_rows(kBits), kPrefetchRows = Isa::prefetch_rows(kBits);
+  static constexpr int stream_tiles(int rows, int64_t words) { return Isa::stream_tiles(kBits, rows, words); }
+  static constexpr int kPrefetchRows = Isa::prefetch_rows(kBits);
 
   // Rows in twos and k steps in twos, see Isa::Dot::kPairs. Codes of 8 bits take the second step from the next word.
   static constexpr bool pairs(int rows) { return D::kPairs && rows > 1; }
@@ -162,6 +164,7 @@ struct Codes {
 struct SplitCodes : Codes<8> {
   static constexpr int64_t kWordBytes = kTileVecs * static_cast<int64_t>(sizeof(D::W));
   static constexpr int max_tiles(int) { return 1; }
+  static constexpr int stream_tiles(int, int64_t) { return 0; }
 
   static D::W* at(uint8_t* split) { return reinterpret_cast<D::W*>(split); }
   static const D::W* at(const uint8_t* split) { return reinterpret_cast<const D::W*>(split); }
@@ -196,7 +199,8 @@ struct Xnor {
   static constexpr int kMaxRows = Isa::kXnorMaxRows;
   static constexpr int sets(int rows, int tiles) { return Isa::acc_sets(rows, tiles); }
   static constexpr int max_tiles(int rows) { return Isa::max_tiles(rows); }
-  static constexpr int kStreamRows = Isa::kXnorStreamRows, kPrefetchRows = kMaxRows / 2 + 1;
+  static constexpr int stream_tiles(int rows, int64_t) { return Isa::xnor_stream_tiles(rows); }
+  static constexpr int kPrefetchRows = kMaxRows / 2 + 1;
   static constexpr int together(int) { return 1; }
 
   template <int kWords, int kSets, int kRows, int kVecs>

@@ -1,7 +1,7 @@
 """Images: Fashion-MNIST by an MLP or a vision transformer, in every format.
 
 python bench/vision.py mlp
-python bench/vision.py vit      6 blocks of width 192 on patches of 7 x 7; about an hour on two cores
+python bench/vision.py vit      6 blocks of width 192 on patches of 7 x 7; more than an hour on two cores
 python bench/vision.py vit --short
 
 Each network is trained in float; formats that need training go on from it for a third as many steps.
